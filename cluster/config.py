@@ -1,0 +1,140 @@
+"""How configurations are read: one YAML file and `key.path=value` overrides -> frozen, typed, checked objects."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cluster.errors import UserError
+
+
+class Section(BaseModel):
+    """Base of every configuration class: frozen, no unknown keys, defaults checked too."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class ClusterConfig(Section):
+    """Where a run's workers live and how they are looked after."""
+
+    workers: int | Literal["auto"] = Field("auto", description="Training processes; auto = one a GPU, else one a core")
+    device: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto = cuda where Ray sees a GPU")
+    cpus_per_worker: float = Field(1.0, gt=0, description="Cores reserved for each worker, its decoding included")
+    max_failures: int = Field(3, ge=-1, description="Restarts from the last checkpoint before giving up; -1 = no limit")
+    health_check_interval_s: float = Field(0.5, gt=0, description="How often Ray Train looks after its workers")
+
+
+SectionType = TypeVar("SectionType", bound=Section)
+
+
+def load_config(kind: type[SectionType], path: str | Path, overrides: list[str] | None = None) -> SectionType:
+    """Read a YAML file, lay `key.path=value` overrides over it and check the whole.
+
+    Args:
+        kind: The configuration class.
+        path: A YAML file.
+        overrides: `key.path=value` strings; the value is YAML (`3`, `1e-3`, `[a, b]`, `null`).
+
+    Raises:
+        UserError: The file is missing or no YAML mapping, or a key or value is wrong; the message names the key and,
+            for an unknown one, the nearest right one.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(
+            f"configuration {path} does not exist; give the path of a YAML file, e.g. configs/quickstart.yaml"
+        )
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"configuration {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"configuration {path} must be a mapping of keys to values, not a {type(values).__name__}")
+    return parse_config(kind, apply_overrides(values, overrides or []), origin=str(path))
+
+
+def parse_config(kind: type[SectionType], values: dict[str, Any], origin: str) -> SectionType:
+    """Check `values` and freeze them; pydantic's findings become one `UserError` that names each key."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        findings = "; ".join(_finding(kind, values, dict(item)) for item in error.errors())
+        raise UserError(f"{origin}: {findings}") from None
+
+
+def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """A copy of `values` with each `key.path=value` laid over it."""
+    merged = _copy(values)
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals or not name:
+            raise UserError(f"override {override!r} must read key.path=value, e.g. stage_one.epochs=8")
+        *parents, leaf = name.split(".")
+        target = merged
+        for parent in parents:
+            if not isinstance(target.get(parent), dict):
+                target[parent] = {}
+            target = target[parent]
+        target[leaf] = _scalar(text)
+    return merged
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mapping -> `{"a.b.c": value}`, the form in which configurations are compared and overridden."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """`; did you mean 'x'?` for the closest known name, else the list of them."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+
+
+def _finding(kind: type[Section], values: dict[str, Any], item: dict[str, Any]) -> str:
+    location = [part for part in item["loc"] if isinstance(part, str | int)]
+    key = ".".join(str(part) for part in location)
+    if item["type"] == "extra_forbidden":
+        return f"unknown key {key!r}; {nearest(str(location[-1]), _known_keys(kind, location[:-1]))}"
+    if item["type"] == "literal_error":
+        names = [word.strip(" '") for word in item["ctx"]["expected"].replace(" or ", ", ").split(",")]
+        return f"{key} = {item['input']!r} is not known; {nearest(str(item['input']), names)}"
+    return f"{key} = {item.get('input')!r}: {item['msg']}" if key else item["msg"]
+
+
+def _known_keys(kind: type[BaseModel], location: list[str | int]) -> list[str]:
+    """Field names of the section at `location` (union arms that are not sections are passed over)."""
+    current: Any = kind
+    for part in location:
+        field = getattr(current, "model_fields", {}).get(part)
+        if field is None:
+            continue
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        current = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), current)
+    return list(current.model_fields)
+
+
+def _scalar(text: str) -> Any:
+    """YAML 1.1 reads `1e-3` as a string; every user means the number."""
+    value = yaml.safe_load(text) if text else None
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _copy(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {key: _copy(value) for key, value in values.items()}
+    return [_copy(value) for value in values] if isinstance(values, list) else values

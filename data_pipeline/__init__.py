@@ -1,0 +1,1 @@
+"""Raw images -> packed dataset -> batches."""

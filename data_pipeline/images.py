@@ -1,0 +1,164 @@
+"""One image: read it whole or say why not, turn it into what a packed dataset holds, and hash what it shows.
+
+A packed image is an upright 8-bit JPEG or PNG, grey or RGB. Bytes that are this already are kept. The rest is converted:
+
+- EXIF orientation is applied and dropped.
+- 16-bit grey: round(value / 257), the full range 0..65535 onto 0..255.
+- Transparency is laid over white; palettes, CMYK, YCbCr, Lab and 1-bit become RGB or grey. ICC profiles are ignored.
+- Of several frames (TIFF, WebP) the first is taken.
+- What came as JPEG is stored as JPEG, all else as PNG, which loses nothing.
+
+With a short side given, larger images are shrunk to it with antialiasing and stored as JPEG of quality 95, chroma not
+subsampled; smaller ones are never enlarged.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from PIL import Image, ImageOps
+
+JPEG_QUALITY = 95
+HASH_SIDE_PX = 32
+FLAT_STD = 1.0
+"""Grey levels of 255: the hash of an image with less structure would be noise."""
+
+ORIENTATION_TAG = 0x0112
+UPRIGHT = 1
+WHITE = (255, 255, 255, 255)
+SUFFIX = {"JPEG": "jpg", "PNG": "png"}
+
+
+class DamagedImage(Exception):
+    """The image cannot be read; the message is the reason, in a few words."""
+
+
+@dataclass(frozen=True)
+class PackedImage:
+    """An encoded image as it is stored, with what decoding it showed."""
+
+    data: bytes
+    suffix: str
+    width: int
+    height: int
+    phash: int
+    mean: tuple[float, ...]
+    """RGB, of the pixels in units of 0..1."""
+    mean_square: tuple[float, ...]
+    """RGB, of the squared pixels."""
+
+
+def prepare_image(data: bytes, short_side_px: int | None = None) -> PackedImage:
+    """Decode, convert where needed, and measure one image.
+
+    Args:
+        data: The file's bytes.
+        short_side_px: Shrink to this short side; None = keep the size.
+
+    Raises:
+        DamagedImage: The bytes are empty, cut off, or no image that can be read.
+    """
+    if not data:
+        raise DamagedImage("the file is empty")
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            opened.load()
+            source = opened.format or ""
+            kept = source in SUFFIX and _is_plain(opened, data)
+            image = opened if kept else _to_8_bit(opened)
+            image, shrunk = _shrink(image, short_side_px)
+            if not kept or shrunk:
+                data, source = _encode(image, "JPEG" if shrunk or source in ("JPEG", "MPO") else "PNG")
+            mean, mean_square = _moments(image)
+            return PackedImage(data, SUFFIX[source], *image.size, perceptual_hash(image), mean, mean_square)
+    except Image.UnidentifiedImageError:
+        raise DamagedImage("no image format that is known") from None
+    except Image.DecompressionBombError:
+        raise DamagedImage(f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels") from None
+    except (OSError, ValueError, TypeError, SyntaxError, EOFError, IndexError, struct.error, zlib.error) as error:
+        # Pillow's decoders raise all of these on damaged files.
+        raise DamagedImage(" ".join(str(error).split()) or type(error).__name__) from None
+
+
+def perceptual_hash(image: Image.Image) -> int:
+    """64-bit pHash: signs of the low frequencies of a 32 x 32 grey copy, row by row from the highest bit.
+
+    The copy's DCT-II is cut to its 8 x 8 lowest frequencies; the constant term is replaced by that of (8, 8), so that
+    brightness does not count; a bit is set where a coefficient lies above the median (Zauner, "Implementation and
+    benchmarking of perceptual image hash functions", 2010, section 3.2). Half of the bits are set, hence 0 is free to
+    say "none": an image without structure, whose hash would be noise and match anything.
+
+    Returns:
+        The hash as an unsigned integer, or 0 for a flat image.
+    """
+    grey = image.convert("L").resize((HASH_SIDE_PX, HASH_SIDE_PX), Image.Resampling.BOX)
+    pixels = np.asarray(grey, dtype=np.float64)
+    if pixels.std() < FLAT_STD:
+        return 0
+    basis = _dct_basis(HASH_SIDE_PX)
+    low = basis[:8] @ pixels @ basis[:8].T
+    low[0, 0] = basis[8] @ pixels @ basis[8]
+    bits = (low > np.median(low)).ravel()
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+@cache
+def _dct_basis(size: int) -> np.ndarray:
+    """Orthonormal DCT-II, [frequency, position]."""
+    frequency, position = np.mgrid[:size, :size]
+    basis = np.cos(np.pi * (2 * position + 1) * frequency / (2 * size)) * np.sqrt(2 / size)
+    basis[0] /= np.sqrt(2)
+    return basis
+
+
+def _is_plain(image: Image.Image, data: bytes) -> bool:
+    """Whether the encoded bytes are an upright 8-bit grey or RGB image already."""
+    if image.mode not in ("L", "RGB") or image.getexif().get(ORIENTATION_TAG, UPRIGHT) != UPRIGHT:
+        return False
+    # Pillow opens PNGs of 2, 4 and 16 bits a channel in the same modes: byte 24 of the header tells the depth.
+    return image.format == "JPEG" or (data[24] == 8 and "transparency" not in image.info)
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        pixels = np.asarray(image).astype(np.int64)
+        if pixels.min() < 0 or pixels.max() > 65535:
+            raise DamagedImage(f"grey values {pixels.min()}..{pixels.max()} are not within 16 bits")
+        return Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
+    if image.mode == "F":
+        raise DamagedImage("floating-point pixels have no known range")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, WHITE), rgba)
+    return image.convert("L" if image.mode in ("1", "L") else "RGB")
+
+
+def _shrink(image: Image.Image, short_side_px: int | None) -> tuple[Image.Image, bool]:
+    short = min(image.size)
+    if short_side_px is None or short <= short_side_px:
+        return image, False
+    width, height = (max(1, round(side * short_side_px / short)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS), True
+
+
+def _encode(image: Image.Image, kind: str) -> tuple[bytes, str]:
+    buffer = io.BytesIO()
+    if kind == "JPEG":
+        image.save(buffer, kind, quality=JPEG_QUALITY, subsampling=0)
+    else:
+        image.save(buffer, kind)
+    return buffer.getvalue(), kind
+
+
+def _moments(image: Image.Image) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and mean square of R, G and B from the histogram: exact, and all of it in C."""
+    histogram = np.asarray(image.histogram(), dtype=np.float64).reshape(-1, 256)
+    histogram = np.broadcast_to(histogram, (3, 256)) / (image.width * image.height)
+    level = np.arange(256) / 255
+    return tuple((histogram @ level).tolist()), tuple((histogram @ level**2).tolist())

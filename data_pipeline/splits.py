@@ -1,0 +1,149 @@
+"""Who learns from what: grouped, stratified splits, and near-duplicates that join a group before the cut.
+
+Shapes: N samples, C classes, U unique hashes, P pairs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from cluster.errors import UserError
+from data_pipeline.config import SplitConfig
+from data_pipeline.dataset import SPLITS
+
+HASH_BITS = 64
+COMPARE_BLOCK = 2048
+"""Hashes compared at once: 2048 x 2048 distances are 32 MiB."""
+
+
+def assign_splits(
+    labels: np.ndarray, groups: np.ndarray, config: SplitConfig, seed: int, classes: Sequence[str]
+) -> np.ndarray:
+    """Share samples out over train, val and test, class by class and never through a group.
+
+    Classes are dealt out from the one with the fewest groups to the one with the most, the groups of a class from the
+    largest to the smallest, equal ones in an order drawn from `seed`. Each group goes to the split that lacks most
+    samples of that class, but the last groups of a class are kept for splits that have none of it yet. A group with
+    samples of several classes is dealt out with the first of them and counts for each.
+
+    Args:
+        labels: int [N], into `classes`.
+        groups: [N], names of patients or lesions.
+        config: Shares.
+        seed: Draws the order of equal groups; the result depends on nothing else, not on the samples' order either.
+        classes: Names, for the error.
+
+    Returns:
+        [N] of "train", "val", "test".
+
+    Raises:
+        UserError: A class has fewer groups than there are splits.
+    """
+    names, group = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
+    sizes = np.zeros((len(names), len(classes)), dtype=np.int64)  # samples by group and class
+    np.add.at(sizes, (group, labels), 1)
+    num_groups = (sizes > 0).sum(axis=0)
+    _check_groups(num_groups, classes)
+    lot = np.array([hashlib.sha256(f"{seed}:{name}".encode()).hexdigest() for name in names])
+    shares = np.array([config.train, config.val, config.test])
+    split_of = np.full(len(names), -1)
+    held = np.zeros((len(SPLITS), len(classes)), dtype=np.int64)  # samples by split and class
+    for label in sorted(range(len(classes)), key=lambda c: (num_groups[c], classes[c])):
+        target = shares * sizes[:, label].sum()
+        waiting = np.flatnonzero((sizes[:, label] > 0) & (split_of < 0))
+        waiting = waiting[np.lexsort((lot[waiting], -sizes[waiting, label]))]
+        for position, which in enumerate(waiting):
+            lacking = target - held[:, label]
+            empty = held[:, label] == 0
+            if len(waiting) - position <= empty.sum():
+                lacking = np.where(empty, lacking, -np.inf)
+            split_of[which] = lacking.argmax()
+            held[split_of[which]] += sizes[which]
+    _check_splits(held, classes)
+    return np.array(SPLITS)[split_of[group]]
+
+
+def join_near_duplicates(groups: np.ndarray, hashes: np.ndarray, max_bits: int) -> np.ndarray:
+    """Join the groups of all images whose perceptual hashes differ in at most `max_bits` bits, and so on from there.
+
+    Args:
+        groups: [N] names.
+        hashes: uint64 [N]; 0 = no hash, joins nothing.
+        max_bits: Largest distance; negative = join nothing.
+
+    Returns:
+        object [N]: names; a joined group is called after the first, in alphabetical order, of its members.
+    """
+    names, group = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
+    parent = np.arange(len(names))
+
+    def root(node: int) -> int:
+        while parent[node] != node:
+            parent[node] = parent[parent[node]]
+            node = parent[node]
+        return node
+
+    if max_bits >= 0:
+        values, first, which = np.unique(np.asarray(hashes, dtype=np.uint64), return_index=True, return_inverse=True)
+        same = np.flatnonzero(hashes != 0)
+        links = [np.stack([group[same], group[first[which[same]]]], axis=1)]
+        links += [group[first[pairs]] for pairs in near_pairs(values, max_bits)]
+        for left, right in np.unique(np.concatenate(links), axis=0).tolist():
+            low, high = sorted((root(left), root(right)))
+            parent[high] = low
+    return names[[root(node) for node in range(len(names))]][group].astype(object)
+
+
+def near_pairs(values: np.ndarray, max_bits: int) -> Iterator[np.ndarray]:
+    """All pairs of distinct hashes that differ in 1 to `max_bits` bits, without comparing each with each.
+
+    Cut into `max_bits` + 1 bands of bits, two such hashes agree in at least one band (pigeonhole), so only hashes that
+    agree in a band are compared: N^2 / 2^(64 / (max_bits + 1)) comparisons a band for evenly spread hashes.
+
+    Args:
+        values: uint64 [U], distinct; 0 is no hash and pairs with nothing.
+        max_bits: Largest distance.
+
+    Yields:
+        int64 [P, 2]: positions in `values`; a pair may come more than once.
+    """
+    edges = np.linspace(0, HASH_BITS, max_bits + 2).round().astype(int)
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        band = (values >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
+        order = np.argsort(band, kind="stable")
+        order = order[values[order] != 0]
+        starts = np.flatnonzero(np.diff(band[order], prepend=~band[order[:1]])) if len(order) else []
+        for bucket in np.split(order, starts[1:]):
+            if len(bucket) > 1:
+                yield from _compare(values, bucket, max_bits)
+
+
+def _compare(values: np.ndarray, bucket: np.ndarray, max_bits: int) -> Iterator[np.ndarray]:
+    for i in range(0, len(bucket), COMPARE_BLOCK):
+        for j in range(i, len(bucket), COMPARE_BLOCK):
+            left, right = bucket[i : i + COMPARE_BLOCK], bucket[j : j + COMPARE_BLOCK]
+            distance = np.bitwise_count(values[left][:, None] ^ values[right][None])
+            rows, columns = np.nonzero((distance <= max_bits) & (distance > 0))
+            if len(rows):
+                yield np.stack([left[rows], right[columns]], axis=1)
+
+
+def _check_groups(num_groups: np.ndarray, classes: Sequence[str]) -> None:
+    short = [f"class {classes[c]!r} has {num_groups[c]}" for c in np.flatnonzero(num_groups < len(SPLITS))]
+    if short:
+        raise UserError(
+            f"too few groups (patients or lesions, near-duplicates joined) to split: {', '.join(short)}, and each of "
+            "train, val and test needs one; add images of other patients or lesions, or leave the class out "
+            "(data.split.near_duplicate_bits=-1 joins no near-duplicates)"
+        )
+
+
+def _check_splits(held: np.ndarray, classes: Sequence[str]) -> None:
+    for split, label in np.argwhere(held == 0).tolist():
+        raise UserError(
+            f"class {classes[label]!r} has no group left for {SPLITS[split]}: its groups are shared with other classes; "
+            "add images of other patients or lesions, or leave the class out"
+        )

@@ -1,0 +1,263 @@
+"""rarelens: images of rare, look-alike classes -> a trained, rebalanced, evaluated model with its report.
+
+Raw images -> packed dataset -> stage one -> features -> stage two (searched) -> model + report; each arrow is one
+command below, and `train` is all of them. This file only names what happens; the packages say how.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.errors import UserError
+
+CONFIGS = Path(__file__).parent / "configs"
+
+app = typer.Typer(
+    help=__doc__,
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[Path, typer.Argument(help="YAML file, e.g. configs/ham10000.yaml", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings laid over the file, e.g. stage_one.epochs=8", metavar="[KEY=VALUE]...")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Insist on going on with a run: an error if there is none.")]
+
+
+@app.callback()
+def _common(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    """`--debug` is read by `main`, wherever it stands."""
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option(help="Folder for everything that the demo makes.")] = Path("demo")) -> None:
+    """Draw a small set of look-alike, long-tailed classes and take it through the whole system."""
+    from data_pipeline.synthetic import draw_synthetic
+    from trainer.summary import print_summary
+
+    draw_synthetic(out / "images")
+    job = _open(CONFIGS / "quickstart.yaml", [f"source.path={out / 'images'}", f"run={out / 'run'}"])
+    _run(job, ALL_STEPS)
+    print_summary(job.run)
+
+
+@app.command()
+def pack(
+    source: Annotated[Path, typer.Argument(help="Folder of images")],
+    dest: Annotated[str, typer.Argument(help="Folder or s3:// URI of the packed dataset")],
+    labels: Annotated[str | None, typer.Option(help="CSV of labels below SOURCE; none = one folder a class")] = None,
+    image_column: Annotated[str, typer.Option(help="CSV column with the image")] = "image",
+    label_column: Annotated[str, typer.Option(help="CSV column with the class")] = "label",
+    group_column: Annotated[str | None, typer.Option(help="CSV column with the patient or lesion")] = None,
+    size: Annotated[int | None, typer.Option(help="Shrink the short side to so many pixels")] = None,
+    seed: Annotated[int, typer.Option(help="Of splits and shuffling")] = 0,
+) -> None:
+    """Pack labelled images into shards with grouped train / val / test splits."""
+    from data_pipeline.config import DataConfig, SourceConfig
+    from data_pipeline.pack import pack as pack_dataset
+
+    config = SourceConfig(
+        path=str(source), labels=labels, image_column=image_column, label_column=label_column, group_column=group_column
+    )
+    dataset = pack_dataset(config, DataConfig(name=source.resolve().name, pack_px=size), dest, seed)
+    typer.echo(f"packed {sum(s.samples for s in dataset.shards)} images of {len(dataset.classes)} classes into {dest}")
+
+
+@app.command()
+def audit(
+    dataset: Annotated[str, typer.Argument(help="Packed dataset, or the training set of a pair")],
+    test: Annotated[str | None, typer.Argument(help="Test set of a pair")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the findings to this file too")] = None,
+) -> None:
+    """Look for leaks between train and test: shared groups, near-duplicates, conflicting labels. Exit status 1 on a leak."""
+    import json
+
+    from cluster.progress import console
+    from data_pipeline.audit import audit as audit_dataset
+
+    report = audit_dataset(dataset, test)
+    console.print(report.to_table())
+    if json_file:
+        json_file.write_text(json.dumps(report.to_json(), indent=2))
+    raise typer.Exit(1 if report.leaks else 0)
+
+
+@app.command()
+def train(config: ConfigFile, overrides: Overrides = None, resume: Resume = False) -> None:
+    """All of it: what is done in the run folder is skipped, what is not is done."""
+    from trainer.summary import print_summary
+
+    job = _open(config, overrides, resume)
+    _run(job, ALL_STEPS)
+    print_summary(job.run)
+
+
+@app.command()
+def stage_one(config: ConfigFile, overrides: Overrides = None, resume: Resume = False) -> None:
+    """Pack if needed, then metric learning with cross-entropy on all workers."""
+    _run(_open(config, overrides, resume), ALL_STEPS[:2])
+
+
+@app.command()
+def features(config: ConfigFile, overrides: Overrides = None, resume: Resume = False) -> None:
+    """Backbone outputs of train and val for stage two (and what comes before, where it is not done)."""
+    _run(_open(config, overrides, resume), ALL_STEPS[:3])
+
+
+@app.command()
+def stage_two(config: ConfigFile, overrides: Overrides = None, resume: Resume = False) -> None:
+    """Search the heads on val (and what comes before, where it is not done)."""
+    _run(_open(config, overrides, resume), ALL_STEPS[:4])
+
+
+@app.command()
+def evaluate(config: ConfigFile, overrides: Overrides = None, resume: Resume = False) -> None:
+    """Read test once and write the model folder (and what comes before, where it is not done)."""
+    _run(_open(config, overrides, resume), ALL_STEPS[:5])
+
+
+@app.command()
+def report(config: ConfigFile, overrides: Overrides = None, resume: Resume = False) -> None:
+    """Write report.html (and what comes before, where it is not done)."""
+    _run(_open(config, overrides, resume), ALL_STEPS)
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="Model folder")],
+    images: Annotated[list[str], typer.Argument(help="Files, folders, globs")],
+    out: Annotated[Path, typer.Option(help="CSV or Parquet file: image, label, p_CLASS...")],
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+) -> None:
+    """Classify images with a trained model. Exit status 1 when some could not be read."""
+    from trainer.predict import predict as predict_images
+
+    result = predict_images(model, images, out, batch_size=batch_size)
+    typer.echo(f"{result.predicted} images classified, {len(result.damaged)} unreadable: {out}")
+    raise typer.Exit(1 if result.damaged else 0)
+
+
+@app.command()
+def doctor(config: Annotated[Path | None, typer.Argument(help="Also check what this run needs")] = None) -> None:
+    """What this machine or cluster has, what is missing, and the command that mends it. Exit status 1 if something is."""
+    from cluster.doctor import examine, render
+
+    findings = examine(**_needs(config)) if config else examine()
+    render(findings)
+    raise typer.Exit(0 if all(finding.ok for finding in findings) else 1)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The steps of `train`, in order. Each looks for its own result first and returns at once when it is there.
+
+
+class Job:
+    """A configuration, its run folder and, once packed, its dataset."""
+
+    def __init__(self, config, run):
+        self.config, self.run, self.dataset = config, run, None
+
+
+def _pack(job: Job) -> None:
+    from data_pipeline.pack import pack as pack_dataset
+
+    destination = job.config.data.packed or f"{job.run.uri}/dataset"
+    job.dataset = pack_dataset(job.config.source, job.config.data, destination, job.config.seed)
+
+
+def _stage_one(job: Job) -> None:
+    from trainer.stage_one import train_baseline, train_stage_one
+
+    train_stage_one(job.config, job.dataset, job.run)
+    if job.config.evaluation.baseline:
+        train_baseline(job.config, job.dataset, job.run)
+
+
+def _features(job: Job) -> None:
+    from trainer.features import extract_features
+
+    extract_features(job.config, job.dataset, job.run, "stage_one", ("train", "val"))
+
+
+def _stage_two(job: Job) -> None:
+    from tuning.stage_two import search_stage_two
+
+    search_stage_two(job.config, job.dataset, job.run)
+
+
+def _evaluate(job: Job) -> None:
+    from trainer.evaluate import evaluate as evaluate_run
+
+    evaluate_run(job.config, job.dataset, job.run)
+
+
+def _report(job: Job) -> None:
+    from trainer.report import report_run
+
+    report_run(job.config, job.dataset, job.run)
+
+
+ALL_STEPS = (_pack, _stage_one, _features, _stage_two, _evaluate, _report)
+
+
+def _open(config_file: Path, overrides: list[str] | None = None, resume: bool = False) -> Job:
+    from cluster.config import load_config
+    from cluster.run import RunFolder
+    from tuning.config import Config
+
+    config = load_config(Config, config_file, overrides)
+    run = RunFolder(config.run)
+    run.pin_config(config.model_dump(mode="json"), must_exist=resume)
+    return Job(config, run)
+
+
+def _run(job: Job, steps: tuple) -> None:
+    try:
+        for step in steps:
+            step(job)
+    finally:
+        job.run.close()
+
+
+def _needs(config_file: Path) -> dict:
+    from cluster.config import load_config
+    from tuning.config import Config
+
+    config = load_config(Config, config_file)
+    return {
+        "storage_uri": config.run,
+        "paths": [p for p in (config.source.path, config.model.weights) if p and p != "timm"],
+        "workers": config.cluster.workers,
+    }
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line and exit status 2."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    try:
+        app(arguments, prog_name="rarelens")
+    except UserError as error:
+        if debug:
+            raise
+        sys.exit(_say(f"error: {error}", 2))
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        sys.exit(_say("stopped; the same command goes on from here", 130))
+
+
+def _say(text: str, status: int) -> int:
+    print(text, file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    main()

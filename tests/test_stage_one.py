@@ -1,0 +1,104 @@
+"""Stage one on real workers: two equal one, a killed run equals an unbroken one, and the first losses stay as they are."""
+
+import json
+from pathlib import Path
+
+import psutil
+import pytest
+
+import trainer.stage_one
+from cluster.run import RunFolder
+from data_pipeline.pack import pack
+from data_pipeline.synthetic import draw_synthetic
+from tests.tiny import tiny_config
+from trainer.stage_one import train_stage_one
+
+GOLDEN = Path(__file__).parent / "golden" / "stage_one.json"
+# Batch norm uses each rank's own images; on running statistics the number of workers makes no difference.
+FROZEN = {"freeze_batch_norm": True}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    draw_synthetic(folder, seed=1, scale=0.06)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def train(images, ray_session, tmp_path_factory):
+    def run_once(name, **sections):
+        run = RunFolder(str(tmp_path_factory.mktemp(name)))
+        config = tiny_config(images, run.uri, **sections)
+        dataset = pack(config.source, config.data, f"{run.uri}/dataset", config.seed, progress=False)
+        result = train_stage_one(config, dataset, run)
+        return result, [line for line in run.read_log() if line["kind"] == "step"], run
+
+    return run_once
+
+
+@pytest.fixture(scope="module")
+def unbroken(train):
+    return train("unbroken", model={**tiny_model(), **FROZEN})
+
+
+def tiny_model():
+    return {"backbone": "test_resnet", "hidden_dim": 16, "embedding_dim": 8}
+
+
+def losses(lines):
+    return {line["step"]: (line["cross_entropy"], line["metric_loss"]) for line in lines}
+
+
+def test_the_first_losses_are_the_golden_ones(unbroken):
+    _, lines, _ = unbroken
+    golden = json.loads(GOLDEN.read_text())
+    for line, expected in zip(lines, golden, strict=False):
+        assert line["cross_entropy"] == pytest.approx(expected["cross_entropy"], rel=2e-5), line["step"]
+        assert line["metric_loss"] == pytest.approx(expected["metric_loss"], rel=2e-5), line["step"]
+
+
+def test_two_workers_follow_the_losses_of_one(unbroken, train):
+    _, two, _ = unbroken
+    _, one, _ = train("one", model={**tiny_model(), **FROZEN}, cluster={"workers": 1})
+    assert losses(one).keys() == losses(two).keys()
+    for step, pair in losses(one).items():
+        assert pair == pytest.approx(losses(two)[step], rel=2e-3), step  # float32 sums in another order, 20 steps on
+
+
+def test_a_killed_worker_changes_no_loss(unbroken, train, monkeypatch):
+    result, lines, _ = unbroken
+    killed = []
+
+    def kill_a_worker_in_the_second_epoch(*args, on_message, **kwargs):
+        def watch(message):
+            if message["kind"] == "step" and message["epoch"] == 1 and not killed:
+                victim = next(p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or ()))
+                killed.append(victim.pid)
+                victim.kill()
+            on_message(message)
+
+        return run_workers(*args, on_message=watch, **kwargs)
+
+    run_workers = trainer.stage_one.run_workers
+    monkeypatch.setattr(trainer.stage_one, "run_workers", kill_a_worker_in_the_second_epoch)
+    again, after, _ = train("killed", model={**tiny_model(), **FROZEN})
+    assert killed
+    assert losses(after) == losses(lines)
+    assert again["metrics"] == result["metrics"]
+
+
+def test_what_is_done_is_not_done_again(unbroken, images, monkeypatch):
+    result, _, run = unbroken
+    monkeypatch.setattr(trainer.stage_one, "run_workers", None)  # would raise if it were called
+    config = tiny_config(images, run.uri)
+    assert train_stage_one(config, None, run) == result  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("zero_stage, precision", [(2, "bf16"), (1, "fp32")])
+def test_zero_and_bf16_train(train, zero_stage, precision):
+    result, lines, _ = train(
+        f"zero{zero_stage}", stage_one={"epochs": 1, "batch_size": 16, "zero_stage": zero_stage, "precision": precision}
+    )
+    assert 0 <= result["metrics"]["balanced_accuracy"] <= 1
+    assert lines[-1]["loss"] < lines[0]["loss"] * 1.5

@@ -1,0 +1,1 @@
+"""Stage one, features, heads, evaluation, report, and the model in a user's hands."""

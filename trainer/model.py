@@ -1,0 +1,229 @@
+"""The network: a timm backbone, an embedding head for the metric loss, a linear classifier.
+
+Shapes: B images, px side of an image, F features of the backbone, D embedding dimensions, C classes.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from cluster.errors import UserError
+from trainer.config import ModelConfig
+
+
+class Output(NamedTuple):
+    """What the losses and the evaluation see of a batch."""
+
+    features: Tensor  # [B, F] pooled backbone output; stage two works on these
+    embeddings: Tensor  # [B, D], of unit length if the classifier was built with normalise
+    logits: Tensor  # [B, C] of the stage-one classifier
+
+
+class Classifier(nn.Module):
+    """Backbone -> features -> embedding (Linear-ReLU-Linear, as in SupCon, arXiv:2004.11362) and class logits.
+
+    Args:
+        backbone: Module that turns [B, 3, px, px] into [B, F].
+        feature_dim: F.
+        num_classes: C.
+        config: Widths of the embedding head, dropout, batch-norm freezing.
+        normalise: Embeddings of unit length.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, feature_dim: int, num_classes: int, config: ModelConfig, normalise: bool = True
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.embedding = nn.Sequential(
+            nn.Linear(feature_dim, config.hidden_dim),
+            nn.ReLU(),
+            nn.Linear(config.hidden_dim, config.embedding_dim),
+        )
+        self.dropout = nn.Dropout(config.drop_rate)
+        self.classifier = nn.Linear(feature_dim, num_classes)
+        self.feature_dim = feature_dim
+        self.normalise = normalise
+        self.freeze_batch_norm = config.freeze_batch_norm
+
+    def features(self, images: Tensor) -> Tensor:
+        """Pooled backbone output [B, F] of images [B, 3, px, px]; images are brought to the weights' dtype.
+
+        Convolutions run channels-last: a third faster on the CPU, and what tensor cores want.
+        """
+        dtype = next(self.backbone.parameters()).dtype
+        return self.backbone(images.to(dtype=dtype, memory_format=torch.channels_last))
+
+    def embed(self, features: Tensor) -> Tensor:
+        """Embeddings [B, D] of features [B, F]: float32 at least, since similarities are divided by a temperature."""
+        embeddings = _at_least_float32(self.embedding(features))
+        return nn.functional.normalize(embeddings, dim=1) if self.normalise else embeddings
+
+    def forward(self, images: Tensor) -> Output:
+        """Images [B, 3, px, px], normalised -> `Output`; embeddings and logits are float32 under bf16 weights."""
+        features = self.features(images)
+        logits = _at_least_float32(self.classifier(self.dropout(features)))
+        return Output(features, self.embed(features), logits)
+
+    def train(self, mode: bool = True) -> Classifier:
+        """As `nn.Module.train`; frozen batch norms stay on their running statistics (their scale and bias learn)."""
+        super().train(mode)
+        if self.freeze_batch_norm:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+
+def build_model(config: ModelConfig, num_classes: int, image_px: int, normalise: bool = True) -> Classifier:
+    """The network that a configuration describes, with its starting weights; random parts follow torch's global seed.
+
+    Args:
+        config: Backbone, weights and head.
+        num_classes: C.
+        image_px: Side of the square images that it will see.
+        normalise: Embeddings of unit length.
+
+    Raises:
+        UserError: The backbone is unknown or cannot take `image_px`, or its weights are missing or do not fit.
+    """
+    backbone = _create_backbone(config, image_px)
+    feature_dim = _probe(backbone, config.backbone, image_px)
+    if config.weights not in (None, "timm"):
+        load_backbone(backbone, config.backbone, str(config.weights))
+    return Classifier(backbone, feature_dim, num_classes, config, normalise).train()
+
+
+def load_backbone(backbone: nn.Module, name: str, weights: str) -> None:
+    """Fill a headless timm backbone from a .safetensors file (path or URI).
+
+    Tensors of the file's own classifier are passed over. A model file that `trainer.export` wrote is taken too.
+
+    Raises:
+        UserError: The file is missing or unreadable; a tensor of the backbone is missing or has another shape, or the
+            file holds tensors that the backbone has no place for.
+    """
+    tensors = _read_weights(weights)
+    if any(key.startswith("backbone.") for key in tensors):
+        tensors = {
+            key.removeprefix("backbone."): value for key, value in tensors.items() if key.startswith("backbone.")
+        }
+    wanted = backbone.state_dict()
+    for key, own in wanted.items():
+        if key not in tensors:
+            if key.endswith("num_batches_tracked"):  # a counter that old files lack and that nothing here reads
+                tensors[key] = own
+                continue
+            raise UserError(
+                f"weights {weights} lack tensor {key} of backbone {name}; give the file of this backbone, or set "
+                f"model.backbone to the network that the file was made for"
+            )
+        if tensors[key].shape != own.shape:
+            raise UserError(
+                f"weights {weights}: tensor {key} has shape {list(tensors[key].shape)}, backbone {name} needs "
+                f"{list(own.shape)}; set model.backbone to the network that the file was made for"
+            )
+    heads = _classifier_prefixes(name)
+    strays = [key for key in tensors if key not in wanted and not key.startswith(heads)]
+    if strays:  # a deeper sister network holds every tensor of this one: that is a mix-up, not a match
+        raise UserError(
+            f"weights {weights} hold tensor {strays[0]} that backbone {name} has no place for; set model.backbone to "
+            f"the network that the file was made for"
+        )
+    backbone.load_state_dict({key: tensors[key] for key in wanted})
+
+
+def _create_backbone(config: ModelConfig, image_px: int) -> nn.Module:
+    import timm
+
+    name = config.backbone
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0)
+        raise UserError(
+            f"model.backbone = {name!r} is no timm network; did you mean {close[0]!r}? (timm.list_models() has all)"
+        )
+    known = timm.get_pretrained_cfg(name)
+    # Transformers are built for one image size; timm fits their position tables to another when told at birth.
+    size: dict[str, Any] = {"img_size": image_px} if known is not None and known.fixed_input_size else {}
+    pretrained = config.weights == "timm"
+    if pretrained and (known is None or not known.has_weights):
+        raise UserError(
+            f"model.weights = 'timm': timm has no weights for {name!r}; give the path of a .safetensors file, or null"
+        )
+    try:
+        return timm.create_model(name, num_classes=0, pretrained=pretrained, **size)
+    except Exception as error:
+        if pretrained:
+            raise UserError(
+                f"model.weights = 'timm': the weights of {name!r} could not be downloaded ({_one_line(error)}); "
+                f"on a machine without network give the path of a .safetensors file instead"
+            ) from error
+        raise UserError(_no_such_size(name, image_px, error)) from error
+
+
+def _probe(backbone: nn.Module, name: str, image_px: int) -> int:
+    """F, seen on an empty image: some timm networks pool to another width than `num_features` says."""
+    backbone.eval()
+    try:
+        with torch.no_grad():
+            features = backbone(torch.zeros(1, 3, image_px, image_px))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UserError(_no_such_size(name, image_px, error)) from error
+    if features.ndim != 2:
+        raise UserError(
+            f"model.backbone = {name!r} gives features of shape {list(features.shape)} instead of one row an image; "
+            f"choose a network with global pooling"
+        )
+    return features.shape[1]
+
+
+def _read_weights(weights: str) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load, load_file
+
+    if not weights.endswith(".safetensors"):
+        raise UserError(
+            f"model.weights = {weights!r} must be a .safetensors file, 'timm' or null, since pickles are never loaded; "
+            f"convert it with safetensors.torch.save_file"
+        )
+    try:
+        if "://" in weights:
+            from cluster.storage import open_storage
+
+            folder, _, file = weights.rpartition("/")
+            return load(open_storage(folder).read(file))
+        if not Path(weights).is_file():
+            raise UserError(f"model.weights = {weights!r} does not exist; give the path of a .safetensors file")
+        return load_file(weights)
+    except SafetensorError as error:
+        raise UserError(
+            f"model.weights = {weights!r} is damaged or no safetensors file ({error}); copy it again"
+        ) from None
+
+
+def _classifier_prefixes(name: str) -> tuple[str, ...]:
+    """How the names of the classifier's tensors begin in a full network of this kind."""
+    import timm
+
+    known = timm.get_pretrained_cfg(name)
+    names: Any = known.classifier if known is not None else None  # timm: a string, a tuple of them, or nothing
+    names = (names,) if isinstance(names, str) else names or ("classifier", "fc", "head")
+    return tuple(f"{name}." for name in names)
+
+
+def _no_such_size(name: str, image_px: int, error: Exception) -> str:
+    return f"model.backbone = {name!r} cannot take data.image_px = {image_px} ({_one_line(error)}); change one of them"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()

@@ -1,0 +1,201 @@
+"""The paper that the report is written on: one HTML document, its styles, and the few elements that it is made of.
+
+Everything that comes from a user goes through `text`; functions that take markup say so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import Any
+
+# Okabe-Ito colours, which colour-blind readers tell apart; in the dark the same hues, lighter.
+STYLE = """
+:root{color-scheme:light dark;--paper:#fff;--ink:#1b1f24;--muted:#5d6670;--line:#e1e5e9;--soft:#f4f6f8;
+--blue:#0072b2;--sky:#56b4e9;--green:#009e73;--orange:#e69f00;--vermillion:#d55e00;--purple:#cc79a7;--grey:#87909a;
+--sans:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;
+--serif:Charter,"Bitstream Charter","Iowan Old Style",Georgia,"Times New Roman",serif;
+--mono:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
+@media screen and (prefers-color-scheme:dark){:root{--paper:#14171b;--ink:#e4e7ea;--muted:#9ea7b1;--line:#2e343b;
+--soft:#1c2025;--blue:#4aa8e0;--sky:#86cbf5;--green:#2dbd94;--orange:#ecb23a;--vermillion:#f0854a;--purple:#de98bf}}
+*{box-sizing:border-box}
+html{-webkit-text-size-adjust:100%;scroll-behavior:smooth}
+body{margin:0 auto;max-width:62rem;padding:2.5rem 1.25rem 5rem;background:var(--paper);color:var(--ink);
+font:1rem/1.6 var(--sans);print-color-adjust:exact;-webkit-print-color-adjust:exact}
+p{margin:.6rem 0;max-width:44rem}a{color:var(--blue)}
+h1,h2{font-family:var(--serif);line-height:1.2;text-wrap:balance}
+h1{font-size:clamp(1.7rem,5vw,2.5rem);font-weight:600;margin:.3rem 0 1rem;max-width:24em}
+h2{font-size:1.5rem;font-weight:600;margin:0 0 .4rem}
+h3{font-size:1rem;margin:2rem 0 .4rem}
+.eyebrow{color:var(--muted);font-size:.85rem;margin:0;overflow-wrap:anywhere}
+.lead{font-size:1.08rem}.note,figcaption,caption{color:var(--muted);font-size:.88rem;line-height:1.5}
+section{margin-top:3rem;padding-top:2rem;border-top:1px solid var(--line)}
+nav{margin-top:1.6rem;font-size:.88rem;color:var(--muted);display:flex;flex-wrap:wrap;gap:.15rem 1.1rem}
+nav a{color:inherit;text-decoration:none;padding:.2rem 0}nav a:hover{color:var(--ink);text-decoration:underline}
+.warning{border-left:4px solid var(--vermillion);background:var(--soft);padding:.7rem 1rem;margin:1.2rem 0}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,13rem),1fr));gap:1px;margin:1.8rem 0 0;
+background:var(--line);border:1px solid var(--line);border-radius:8px;overflow:hidden}
+.tile{background:var(--paper);padding:1rem 1.1rem}.tile b{display:block;font:600 1.55rem/1.25 var(--serif)}
+.tile b s{text-decoration:none;color:var(--grey);font-weight:400}.tile i{font-style:normal;color:var(--grey);padding:0 .2em}
+.tile span{display:block;color:var(--muted);font-size:.85rem;line-height:1.45}
+.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr));gap:2rem 1.6rem;margin:1.4rem 0}
+.wide{grid-template-columns:repeat(auto-fit,minmax(min(100%,27rem),1fr))}
+figure{margin:0;min-width:0}figure svg{display:block;width:100%;height:auto;overflow:visible}
+figure svg *{stroke-linejoin:round}figcaption{margin-top:.4rem}figcaption b{color:var(--ink);font-weight:600}
+.scroll{overflow-x:auto;margin:1.2rem 0;-webkit-overflow-scrolling:touch}
+table{border-collapse:collapse;width:100%;font-size:.92rem;line-height:1.4}
+caption{text-align:left;caption-side:bottom;padding-top:.6rem}
+th,td{padding:.5rem .7rem;text-align:right;border-bottom:1px solid var(--line);vertical-align:middle;
+font-variant-numeric:tabular-nums}
+th:first-child,td:first-child{padding-left:.3rem}
+thead th{color:var(--muted);font-weight:500;font-size:.82rem;border-bottom:1.5px solid var(--muted);vertical-align:bottom}
+tbody th{font-weight:500}th.l,td.l{text-align:left}
+tbody th[scope=row]{text-align:left;position:sticky;left:0;background:var(--paper);z-index:1;overflow-wrap:anywhere}
+tr.chosen>*{background:var(--soft)}tr.chosen th[scope=row]{background:var(--soft);font-weight:650}
+small{display:block;color:var(--muted);font-weight:400;font-size:.82rem}
+td strong{font-weight:700}
+.track{position:relative;height:1.1rem;min-width:9rem;margin:0 .4rem;
+background:linear-gradient(90deg,var(--line) 1px,transparent 1px) 0 0/25% 100%;border-right:1px solid var(--line)}
+.track.plain{background:none;border-left:1px solid var(--line)}
+.track u,.track i{position:absolute;top:50%;transform:translateY(-50%);text-decoration:none}
+.track u{height:3px;border-radius:2px;background:var(--blue);opacity:.55}.track u.down{background:var(--vermillion)}
+.track i{width:.72rem;height:.72rem;margin-left:-.36rem;border-radius:50%;background:var(--blue)}
+.track i.before{background:var(--paper);border:2px solid var(--grey)}.track i.down{background:var(--vermillion)}
+.track u.ci{background:var(--grey);opacity:.7}.track i.other{background:var(--grey)}
+.bar{display:block;height:.6rem;background:var(--sky);border-radius:1px;min-width:1px}
+.up{color:var(--blue)}.down{color:var(--vermillion)}.none{color:var(--muted)}
+.key{display:inline-block;width:.7rem;height:.7rem;border-radius:50%;background:var(--blue);vertical-align:-.06rem}
+.key.before{background:none;border:2px solid var(--grey)}.key.down{background:var(--vermillion)}
+.thumbs{display:flex;gap:.35rem;justify-content:flex-end}
+.thumbs img{width:3.6rem;height:3.6rem;object-fit:cover;border-radius:4px;background:var(--soft)}
+pre{background:var(--soft);border-radius:6px;padding:1rem;overflow-x:auto;font:.8rem/1.5 var(--mono);tab-size:2}
+code{font-family:var(--mono);font-size:.86em;overflow-wrap:anywhere}
+details{margin:1.2rem 0}summary{cursor:pointer;font-weight:600}
+dl{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:.3rem 1.2rem;font-size:.92rem}
+dt{color:var(--muted)}dd{margin:0;overflow-wrap:anywhere}li{margin:.45rem 0;max-width:44rem}ul{padding-left:1.2rem}
+footer{margin-top:3rem;color:var(--muted);font-size:.85rem}
+@media (max-width:40rem){body{padding-top:1.4rem}section{margin-top:2.2rem;padding-top:1.4rem}
+th,td{padding:.45rem .5rem}.track{min-width:7.5rem}dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:.5rem}
+.thumbs img{width:3rem;height:3rem}}
+@media print{body{max-width:none;padding:0;font-size:10pt}nav{display:none}.scroll{overflow:visible}
+section{margin-top:1.4rem;padding-top:1rem}figure,tr,.tile,.warning{break-inside:avoid}h2,h3{break-after:avoid}
+thead{display:table-header-group}tbody th[scope=row]{position:static}details::details-content{content-visibility:visible}
+pre{white-space:pre-wrap}}
+"""
+
+
+def document(title: str, body: str) -> str:
+    """A whole HTML document; `body` is markup. Its policy forbids scripts and everything that is not in the file."""
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def text(value: Any) -> str:
+    """Anything as text that is safe between tags and in quoted attributes."""
+    return escape(str(value), quote=True)
+
+
+def section(anchor: str, title: str, lead: str, content: str) -> str:
+    """A section under its heading; `lead` and `content` are markup."""
+    opening = f"<p>{lead}</p>" if lead else ""
+    return f'<section id="{anchor}">\n<h2>{text(title)}</h2>\n{opening}\n{content}\n</section>'
+
+
+def figure(svg: str, caption: str, max_width_px: int, min_width_px: int = 0) -> str:
+    """A picture with its caption (both markup); under `min_width_px` it scrolls instead of shrinking."""
+    inner = f'<div style="min-width:{min_width_px}px">{svg}</div>' if min_width_px else svg
+    box = f'<div class="scroll" tabindex="0">{inner}</div>' if min_width_px else inner
+    return f'<figure style="max-width:{max_width_px}px">{box}<figcaption>{caption}</figcaption></figure>'
+
+
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "", chosen: int = -1, left: Sequence[int] = ()
+) -> str:
+    """A table whose first column names the row.
+
+    Args:
+        columns: Headings, markup.
+        rows: Cells, markup.
+        caption: Markup under the table.
+        chosen: Row that stands out.
+        left: Columns set flush left; the others are flush right. The first always is.
+    """
+    aligned = [' class="l"' if index in (0, *left) else "" for index in range(len(columns))]
+    head = "".join(f'<th scope="col"{side}>{cell}</th>' for cell, side in zip(columns, aligned, strict=True))
+    lines = []
+    for number, (name, *cells) in enumerate(rows):
+        mark = ' class="chosen"' if number == chosen else ""
+        rest = "".join(f"<td{side}>{cell}</td>" for cell, side in zip(cells, aligned[1:], strict=True))
+        lines.append(f'<tr{mark}><th scope="row">{name}</th>{rest}</tr>')
+    note = f"<caption>{caption}</caption>" if caption else ""
+    body = "\n".join(lines)
+    return (
+        f'<div class="scroll" tabindex="0"><table>{note}<thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+    )
+
+
+def definitions(items: Iterable[tuple[str, str]]) -> str:
+    """Pairs of a term (text) and what it is (markup)."""
+    return f"<dl>{''.join(f'<dt>{text(term)}</dt><dd>{meaning}</dd>' for term, meaning in items)}</dl>"
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """0.7381 -> `73.8`; a dash where there is none. The unit stands in the heading or in the sentence."""
+    return "–" if share is None or not math.isfinite(share) else f"{100 * share:.{digits}f}"
+
+
+def change(before: float | None, after: float | None) -> str:
+    """The difference in points, signed and coloured."""
+    if before is None or after is None or not (math.isfinite(before) and math.isfinite(after)):
+        return '<span class="none">–</span>'
+    points = round(100 * (after - before), 1)
+    kind = "up" if points > 0 else "down" if points < 0 else "none"
+    return f'<span class="{kind}">{_signed(points)}</span>'
+
+
+def signed_points(difference: float) -> str:
+    """0.117 -> `+11.7`."""
+    return _signed(round(100 * difference, 1))
+
+
+def move_track(before: float | None, after: float | None) -> str:
+    """A line from 0 to 100 % with a ring where a class stood and a dot where it stands."""
+    if before is None or after is None or not (math.isfinite(before) and math.isfinite(after)):
+        return '<div class="track"></div>'
+    low, high = sorted((before, after))
+    down = " down" if after < before else ""
+    return (
+        f'<div class="track" aria-hidden="true"><u class="{down.strip()}" style="left:{100 * low:.1f}%;'
+        f'width:{100 * (high - low):.1f}%"></u><i class="before" style="left:{100 * before:.1f}%"></i>'
+        f'<i class="after{down}" style="left:{100 * after:.1f}%"></i></div>'
+    )
+
+
+def interval_track(value: float, interval: tuple[float, float], scale: tuple[float, float], chosen: bool) -> str:
+    """A dot on its interval, on the scale that all rows of the table share."""
+    start, end = scale
+    low, high, at = (100 * (x - start) / (end - start) for x in (*interval, value))
+    kind = "" if chosen else "other"
+    return (
+        f'<div class="track plain" aria-hidden="true"><u class="{"" if chosen else "ci"}" style="left:{low:.1f}%;'
+        f'width:{high - low:.1f}%"></u><i class="{kind}" style="left:{at:.1f}%"></i></div>'
+    )
+
+
+def duration(seconds: float) -> str:
+    """`4 s`, `3 min 20 s`, `2 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _signed(points: float) -> str:
+    return f"{points:+.1f}".replace("-", "−") if points else "0.0"

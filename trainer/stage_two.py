@@ -1,0 +1,291 @@
+"""Stage two: many heads on fixed features, trained at once.
+
+SGD (momentum 0.9, cosine to zero) on the softmax cross-entropy of a linear head. Heads that draw their samples in the
+same order (same power, seed and batch size) see the same minibatch at every step, so H heads are one matrix product of
+[H*C, D] with [D, B] forward and one of [H*C, B] with [B, D] backward. Nothing else is shared: an order is a function
+of a head's own knobs, never of its neighbours.
+
+The features that SGD sees are standardised and divided by sqrt(D), so that their mean squared length is 1: the
+curvature, and with it the useful range of the learning rate, is then much the same for every backbone. Afterwards the
+standardisation is folded into weight and bias.
+
+Shapes: N training features, D feature, C classes, H heads, B minibatch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cluster.errors import UserError
+from data_pipeline.sampling import apportion, class_probabilities, generator
+from trainer.heads import TRAINED_FAMILIES, Head, HeadSpec, log_prior, logit_adjustment, nearest_class_mean, tau_norm
+
+MOMENTUM = 0.9
+MEMORY_BYTES = 2 * 2**30
+_CONSTANT_STD = 1e-6  # a feature that varies less does so by float16's rounding only: it is centred, not stretched
+_CHUNK_BYTES = 64 * 2**20
+
+
+class TrainingSet:
+    """Training features with what every head needs of them, computed once.
+
+    Args:
+        x: Features [N, D], any float type; may be a memory map.
+        labels: [N].
+        class_counts: Training samples of each class [C], for the prior.
+        device: Where heads are trained.
+        dtype: Arithmetic of the training and type of the heads.
+        memory_bytes: Budget: standardised features are held if they fit into half of it, else made batch by batch;
+            the heads trained together get the other half.
+
+    Raises:
+        UserError: A class has no training sample.
+    """
+
+    def __init__(
+        self,
+        x: np.ndarray,
+        labels: np.ndarray,
+        class_counts: np.ndarray,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        memory_bytes: int = MEMORY_BYTES,
+    ):
+        assert len(x) == len(labels), f"{len(x)} features, {len(labels)} labels"
+        self.x, self.num_classes, self.dim = x, len(class_counts), x.shape[1]
+        self.class_counts = np.asarray(class_counts)
+        self.log_prior = log_prior(class_counts)
+        self.device, self.dtype, self.memory_bytes = device, dtype, memory_bytes
+        self.labels = torch.from_numpy(np.asarray(labels, dtype=np.int64)).to(device)
+        self.rows_of_class = _rows_of_class(np.asarray(labels), self.num_classes)
+        self.mean, self.std = self._moments()
+        self.scale = 1 / (torch.where(self.std > _CONSTANT_STD, self.std, 1.0) * self.dim**0.5)
+        self._held: Tensor | None = None
+        if x.size * dtype.itemsize <= memory_bytes / 2:
+            self._held = torch.cat([self._standardise(chunk) for _, chunk in _chunks(x)])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, rows: np.ndarray) -> Tensor:
+        """Standardised features [B, D] of mean squared length 1."""
+        if self._held is not None:
+            return self._held[torch.from_numpy(rows).to(self.device)]
+        return self._standardise(self.x[rows])
+
+    def fold(self, weight: Tensor, bias: Tensor) -> Head:
+        """The head on raw features that equals `weight` [C, D], `bias` [C] on standardised ones."""
+        raw = weight.double().cpu() * self.scale
+        return Head(raw.to(self.dtype), (bias.double().cpu() - raw @ self.mean).to(self.dtype))
+
+    @cached_property
+    def class_means(self) -> Tensor:
+        """Mean raw feature of each class, [C, D]."""
+        sums = torch.zeros(self.num_classes, self.dim, dtype=torch.float64)
+        labels = self.labels.cpu()
+        for start, chunk in _chunks(self.x):
+            sums.index_add_(0, labels[start : start + len(chunk)], torch.from_numpy(chunk.astype(np.float64)))
+        sizes = torch.tensor([len(rows) for rows in self.rows_of_class], dtype=torch.float64)
+        return (sums / sizes[:, None]).to(self.dtype)
+
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        total, squares = np.zeros(self.dim), np.zeros(self.dim)
+        for _, chunk in _chunks(self.x):
+            total += chunk.sum(axis=0, dtype=np.float64)
+        mean = total / len(self.x)
+        for _, chunk in _chunks(self.x):
+            squares += np.square(chunk.astype(np.float64) - mean).sum(axis=0)
+        return torch.from_numpy(mean), torch.from_numpy(np.sqrt(squares / len(self.x)))
+
+    def _standardise(self, x: np.ndarray) -> Tensor:
+        centred = torch.from_numpy(x.astype(np.float64)) - self.mean
+        return (centred * self.scale).to(self.dtype).to(self.device)
+
+
+def train_heads(
+    specs: Sequence[HeadSpec],
+    x: np.ndarray,
+    labels: np.ndarray,
+    class_counts: np.ndarray,
+    own: Head,
+) -> list[Head]:
+    """Make heads of every family, in the order of `specs`; see `make_heads`."""
+    return make_heads(specs, TrainingSet(x, labels, class_counts), own)
+
+
+def make_heads(specs: Sequence[HeadSpec], data: TrainingSet, own: Head) -> list[Head]:
+    """Make heads: the closed forms directly, the trained ones together wherever they share their minibatches.
+
+    cRT draws from p_c ~ n_c^q and minimises the cross-entropy, from a new classifier (Kang et al. 2020,
+    arXiv:1910.09217, section 4). Balanced softmax draws naturally and minimises the cross-entropy of f(x) + log n
+    (Ren et al. 2020, arXiv:2007.10740, eq. 3). Both start from zero: the problem is convex and needs no random start.
+
+    Args:
+        specs: What is to be made.
+        data: The training features.
+        own: Stage one's classifier, for the families that are made from it.
+
+    Returns:
+        A head for each spec, on raw features. None depends on the other specs beyond float rounding.
+    """
+    heads: list[Head | None] = [None] * len(specs)
+    groups: dict[tuple[float, int, int], list[int]] = {}
+    for i, spec in enumerate(specs):
+        if spec.family in TRAINED_FAMILIES:
+            groups.setdefault((spec.sampling_power, spec.seed, spec.batch_size), []).append(i)
+        else:
+            heads[i] = _closed_form(spec, data, own)
+    for members in groups.values():
+        members.sort(key=lambda i: -specs[i].epochs)  # heads that are done early leave from the end
+        fitting = heads_that_fit(data, specs[members[0]].batch_size)
+        for first in range(0, len(members), fitting):
+            together = members[first : first + fitting]
+            for i, head in zip(together, _train_together([specs[i] for i in together], data), strict=True):
+                heads[i] = head
+    return [head for head in heads if head is not None]
+
+
+def heads_that_fit(data: TrainingSet, batch_size: int) -> int:
+    """How many heads may be trained together: weights, velocities and three arrays of logits in half the budget."""
+    bytes_per_head = data.num_classes * (2 * data.dim + 3 * batch_size) * data.dtype.itemsize
+    return max(1, int(data.memory_bytes / 2 / bytes_per_head))
+
+
+def sample_orders(rows_of_class: list[np.ndarray], power: float, seed: int) -> Iterator[np.ndarray]:
+    """The order of the samples in epoch 0, 1, ...: N draws each, p_c ~ n_c^q.
+
+    Each class gets its share of the draws (p_c * N, rounded fairly), and serves them from shuffled rounds through its
+    samples, so that all of them are seen equally often, to within one round. q = 1 is then plain shuffling: every
+    sample once.
+
+    Args:
+        rows_of_class: Row numbers of each class.
+        power: q.
+        seed: Together with `power` it determines everything.
+    """
+    counts = np.array([len(rows) for rows in rows_of_class])
+    probabilities = class_probabilities(counts, power)
+    rng = generator(seed, "stage two order")
+    waiting = [np.empty(0, dtype=np.int64) for _ in rows_of_class]
+    while True:
+        drawn = []
+        for c, share in enumerate(apportion(probabilities, int(counts.sum()), rng)):
+            missing = int(share) - len(waiting[c])
+            if missing > 0:
+                rounds = np.tile(rows_of_class[c], (-(-missing // counts[c]), 1))
+                waiting[c] = np.concatenate([waiting[c], rng.permuted(rounds, axis=1).ravel()])
+            drawn.append(waiting[c][:share])
+            waiting[c] = waiting[c][share:]
+        yield rng.permutation(np.concatenate(drawn))
+
+
+def predict(heads: Sequence[Head], x: np.ndarray, device: str = "cpu") -> np.ndarray:
+    """Class numbers int64 [H, N] that each head gives to features [N, D]; heads of one kind in one product."""
+    predictions = np.empty((len(heads), len(x)), dtype=np.int64)
+    for normalise in (False, True):
+        chosen = [i for i, head in enumerate(heads) if head.normalise == normalise]
+        if not chosen:
+            continue
+        num_classes, dim = heads[chosen[0]].weight.shape
+        stacked = Head(
+            torch.cat([heads[i].weight for i in chosen]).to(device),
+            torch.cat([heads[i].bias for i in chosen]).to(device),
+            normalise,
+        )
+        for start, chunk in _chunks(x, bytes_per_row=8 * max(dim, len(chosen) * num_classes)):
+            logits = stacked.logits(torch.from_numpy(np.array(chunk)).to(device))
+            best = logits.view(len(chunk), len(chosen), num_classes).argmax(dim=2)
+            predictions[chosen, start : start + len(chunk)] = best.T.cpu().numpy()
+    return predictions
+
+
+def _closed_form(spec: HeadSpec, data: TrainingSet, own: Head) -> Head:
+    if spec.family == "own":
+        return own
+    if spec.family == "tau_norm":
+        return tau_norm(own, spec.tau)
+    if spec.family == "logit_adjustment":
+        return logit_adjustment(own, data.class_counts, spec.tau)
+    assert spec.family == "nearest_class_mean", spec.family
+    return nearest_class_mean(data.class_means, spec.normalise)
+
+
+def _train_together(specs: list[HeadSpec], data: TrainingSet) -> list[Head]:
+    """Train heads that share power, seed and batch size; the longest come first."""
+    first = specs[0]
+    sgd = _ManyHeadSgd(specs, data, steps_per_epoch=-(-len(data) // first.batch_size))
+    orders = sample_orders(data.rows_of_class, first.sampling_power, first.seed)
+    for epoch, order in zip(range(first.epochs), orders, strict=False):
+        active = sum(spec.epochs > epoch for spec in specs)
+        for start in range(0, len(order), first.batch_size):
+            rows = order[start : start + first.batch_size]
+            sgd.step(data.batch(rows), data.labels[torch.from_numpy(rows).to(data.device)], active)
+    return sgd.heads()
+
+
+class _ManyHeadSgd:
+    """SGD as in torch.optim (momentum, L2 penalty, both on weight and bias) for H heads, gradient by hand."""
+
+    def __init__(self, specs: list[HeadSpec], data: TrainingSet, steps_per_epoch: int):
+        heads, classes, like = len(specs), data.num_classes, {"dtype": data.dtype, "device": data.device}
+        self.data, self.taken = data, 0
+        self.weight = torch.zeros(heads * classes, data.dim, **like)
+        self.bias = torch.zeros(heads * classes, 1, **like)
+        self.weight_velocity, self.bias_velocity = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
+        self.peak_lr = np.array([spec.lr for spec in specs])
+        self.steps = np.array([spec.epochs * steps_per_epoch for spec in specs])
+        decay = torch.tensor([spec.weight_decay for spec in specs], **like)
+        self.decay = decay.repeat_interleave(classes)[:, None]
+        aware = torch.tensor([spec.family == "balanced_softmax" for spec in specs], **like)
+        self.offset = aware[:, None, None] * torch.from_numpy(data.log_prior).to(**like)[:, None]
+
+    def step(self, x: Tensor, labels: Tensor, active: int) -> None:
+        """One step of the first `active` heads on minibatch x [B, D], labels [B]."""
+        classes, batch = self.data.num_classes, len(x)
+        rows = active * classes
+        weight, bias = self.weight[:rows], self.bias[:rows]
+        logits = torch.addmm(bias, weight, x.T).view(active, classes, batch)
+        # d CE / d logits = softmax - onehot; the mean over the minibatch is taken by the division.
+        grad = (logits + self.offset[:active]).softmax(dim=1)
+        grad.scatter_add_(1, labels.expand(active, 1, batch), grad.new_full((), -1.0).expand(active, 1, batch))
+        grad = grad.view(rows, batch).div_(batch)
+
+        cosine = 0.5 * (1 + np.cos(np.pi * self.taken / self.steps[:active]))
+        lr = torch.from_numpy(self.peak_lr[:active] * cosine).to(weight).repeat_interleave(classes)[:, None]
+        self.weight_velocity[:rows].addmm_(grad, x, beta=MOMENTUM)  # the momentum's multiplication is part of the product
+        self.bias_velocity[:rows].mul_(MOMENTUM).add_(grad.sum(dim=1, keepdim=True))
+        for value, velocity in ((weight, self.weight_velocity[:rows]), (bias, self.bias_velocity[:rows])):
+            velocity.addcmul_(value, self.decay[:rows])
+            value.addcmul_(velocity, lr, value=-1)
+        self.taken += 1
+
+    def heads(self) -> list[Head]:
+        """The heads, on raw features."""
+        classes = self.data.num_classes
+        pairs = zip(self.weight.split(classes), self.bias.squeeze(1).split(classes), strict=True)
+        return [self.data.fold(weight, bias) for weight, bias in pairs]
+
+
+def _rows_of_class(labels: np.ndarray, num_classes: int) -> list[np.ndarray]:
+    """Row numbers of each class."""
+    order = np.argsort(labels, kind="stable")
+    sizes = np.bincount(labels, minlength=num_classes)
+    if len(sizes) > num_classes or not sizes.all():
+        raise UserError(
+            f"the training features hold labels 0..{len(sizes) - 1} and class {int(np.argmin(sizes))} "
+            f"{int(sizes.min())} times, for {num_classes} classes; delete the features folder and run `rarelens features`"
+        )
+    return np.split(order, np.cumsum(sizes)[:-1])
+
+
+def _chunks(x: np.ndarray, bytes_per_row: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, rows) of bounded size, counted in float64."""
+    step = max(1, _CHUNK_BYTES // (bytes_per_row or 8 * x.shape[1]))
+    for start in range(0, len(x), step):
+        yield start, x[start : start + step]

@@ -1,0 +1,1 @@
+"""The searches: what is tried, how it is scheduled, what came out."""

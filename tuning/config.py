@@ -1,0 +1,46 @@
+"""Configuration of the searches, and the whole configuration of a run."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from cluster.config import Section
+from trainer.config import TrainerConfig
+
+HeadFamily = Literal["crt", "balanced_softmax", "logit_adjustment", "tau_norm", "nearest_class_mean"]
+ALL_FAMILIES: tuple[HeadFamily, ...] = (
+    "crt",
+    "balanced_softmax",
+    "logit_adjustment",
+    "tau_norm",
+    "nearest_class_mean",
+)
+
+
+class SpaceConfig(Section):
+    """Ranges of the knobs; [low, high]. A family that has no such knob passes it over."""
+
+    power: tuple[float, float] = Field((0.0, 1.0), description="q of cRT's sampling, uniform")
+    tau: tuple[float, float] = Field((0.0, 2.0), description="tau-norm and logit adjustment, uniform")
+    lr: tuple[float, float] = Field((1e-3, 1.0), description="SGD on standardised features, log-uniform")
+    weight_decay: tuple[float, float] = Field((1e-6, 1e-2), description="log-uniform")
+    epochs: tuple[int, int] = Field((5, 30), description="uniform")
+
+
+class StageTwoConfig(Section):
+    """The search over heads. Choices are made on val; test is not touched."""
+
+    families: tuple[HeadFamily, ...] = ALL_FAMILIES
+    heads: int = Field(256, ge=1, description="Head configurations tried in all")
+    heads_per_trial: int = Field(32, ge=1, description="Heads trained together in one Ray Tune trial")
+    batch_size: int = Field(256, ge=1, description="Features a step")
+    space: SpaceConfig = SpaceConfig()
+    select_by: Literal["balanced_accuracy", "macro_f1", "worst_recall"] = "balanced_accuracy"
+
+
+class Config(TrainerConfig):
+    """A whole run: what `rarelens train` reads."""
+
+    stage_two: StageTwoConfig = StageTwoConfig()
