@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cluster.errors import UserError
+
+if TYPE_CHECKING:
+    from cluster.run import RunFolder
+    from data_pipeline.dataset import Dataset
+    from tuning.config import Config
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -26,7 +31,8 @@ app = typer.Typer(
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file, e.g. configs/ham10000.yaml", show_default=False)]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Settings laid over the file, e.g. stage_one.epochs=8", metavar="[KEY=VALUE]...")
+    list[str] | None,
+    typer.Argument(help="Settings laid over the file, e.g. stage_one.epochs=8", metavar="[KEY=VALUE]..."),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Insist on going on with a run: an error if there is none.")]
 
@@ -44,7 +50,7 @@ def demo(out: Annotated[Path, typer.Option(help="Folder for everything that the 
 
     draw_synthetic(out / "images")
     job = _open(CONFIGS / "quickstart.yaml", [f"source.path={out / 'images'}", f"run={out / 'run'}"])
-    _run(job, ALL_STEPS)
+    _run(job, last="report")
     print_summary(job.run)
 
 
@@ -76,7 +82,7 @@ def audit(
     test: Annotated[str | None, typer.Argument(help="Test set of a pair")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the findings to this file too")] = None,
 ) -> None:
-    """Look for leaks between train and test: shared groups, near-duplicates, conflicting labels. Exit status 1 on a leak."""
+    """Look for leaks between splits: shared groups, near-duplicates, conflicting labels. Exit status 1 on a leak."""
     import json
 
     from cluster.progress import console
@@ -95,43 +101,43 @@ def train(config: ConfigFile, overrides: Overrides = None, resume: Resume = Fals
     from trainer.summary import print_summary
 
     job = _open(config, overrides, resume)
-    _run(job, ALL_STEPS)
+    _run(job, last="report")
     print_summary(job.run)
 
 
 @app.command()
 def stage_one(config: ConfigFile, overrides: Overrides = None, resume: Resume = False) -> None:
     """Pack if needed, then metric learning with cross-entropy on all workers."""
-    _run(_open(config, overrides, resume), ALL_STEPS[:2])
+    _run(_open(config, overrides, resume), last="stage one")
 
 
 @app.command()
 def features(config: ConfigFile, overrides: Overrides = None, resume: Resume = False) -> None:
     """Backbone outputs of train and val for stage two (and what comes before, where it is not done)."""
-    _run(_open(config, overrides, resume), ALL_STEPS[:3])
+    _run(_open(config, overrides, resume), last="features")
 
 
 @app.command()
 def stage_two(config: ConfigFile, overrides: Overrides = None, resume: Resume = False) -> None:
     """Search the heads on val (and what comes before, where it is not done)."""
-    _run(_open(config, overrides, resume), ALL_STEPS[:4])
+    _run(_open(config, overrides, resume), last="stage two")
 
 
 @app.command()
 def evaluate(config: ConfigFile, overrides: Overrides = None, resume: Resume = False) -> None:
     """Read test once and write the model folder (and what comes before, where it is not done)."""
-    _run(_open(config, overrides, resume), ALL_STEPS[:5])
+    _run(_open(config, overrides, resume), last="evaluation")
 
 
 @app.command()
 def report(config: ConfigFile, overrides: Overrides = None, resume: Resume = False) -> None:
     """Write report.html (and what comes before, where it is not done)."""
-    _run(_open(config, overrides, resume), ALL_STEPS)
+    _run(_open(config, overrides, resume), last="report")
 
 
 @app.command()
 def predict(
-    model: Annotated[Path, typer.Argument(help="Model folder")],
+    model: Annotated[str, typer.Argument(help="Model folder, a path or s3:// URI")],
     images: Annotated[list[str], typer.Argument(help="Files, folders, globs")],
     out: Annotated[Path, typer.Option(help="CSV or Parquet file: image, label, p_CLASS...")],
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
@@ -146,7 +152,7 @@ def predict(
 
 @app.command()
 def doctor(config: Annotated[Path | None, typer.Argument(help="Also check what this run needs")] = None) -> None:
-    """What this machine or cluster has, what is missing, and the command that mends it. Exit status 1 if something is."""
+    """What this machine or cluster has, what is missing, the command that mends it. Exit status 1 if something is."""
     from cluster.doctor import examine, render
 
     findings = examine(**_needs(config)) if config else examine()
@@ -159,17 +165,35 @@ def doctor(config: Annotated[Path | None, typer.Argument(help="Also check what t
 
 
 class Job:
-    """A configuration, its run folder and, once packed, its dataset."""
+    """A configuration, its run folder and its packed dataset."""
 
-    def __init__(self, config, run):
-        self.config, self.run, self.dataset = config, run, None
+    def __init__(self, config: Config, run: RunFolder):
+        self.config, self.run = config, run
+        self._dataset: Dataset | None = None
+
+    @property
+    def dataset(self) -> Dataset:
+        """The packed dataset, packed if it is not there."""
+        from data_pipeline.pack import pack as pack_dataset
+
+        if self._dataset is None:
+            destination = self.config.data.packed or f"{self.run.uri}/dataset"
+            self._dataset = pack_dataset(self.config.source, self.config.data, destination, self.config.seed)
+        return self._dataset
+
+
+def _check(job: Job) -> None:
+    """What would otherwise fail after minutes: the storage, the network and its weights."""
+    from cluster.storage import check_storage
+    from trainer.model import build_model
+
+    if not job.run.storage.exists("stage_one/result.json"):
+        check_storage(job.run.storage)
+        build_model(job.config.model, num_classes=2, image_px=job.config.data.image_px)
 
 
 def _pack(job: Job) -> None:
-    from data_pipeline.pack import pack as pack_dataset
-
-    destination = job.config.data.packed or f"{job.run.uri}/dataset"
-    job.dataset = pack_dataset(job.config.source, job.config.data, destination, job.config.seed)
+    assert job.dataset is not None
 
 
 def _stage_one(job: Job) -> None:
@@ -181,9 +205,9 @@ def _stage_one(job: Job) -> None:
 
 
 def _features(job: Job) -> None:
-    from trainer.features import extract_features
+    from trainer.extraction import extract_features
 
-    extract_features(job.config, job.dataset, job.run, "stage_one", ("train", "val"))
+    extract_features(job.config, job.dataset, job.run, "stage_one", ("train", "val"), "features/stage_one")
 
 
 def _stage_two(job: Job) -> None:
@@ -199,12 +223,19 @@ def _evaluate(job: Job) -> None:
 
 
 def _report(job: Job) -> None:
-    from trainer.report import report_run
+    from trainer.record import report_run
 
     report_run(job.config, job.dataset, job.run)
 
 
-ALL_STEPS = (_pack, _stage_one, _features, _stage_two, _evaluate, _report)
+STEPS = {
+    "pack": _pack,
+    "stage one": _stage_one,
+    "features": _features,
+    "stage two": _stage_two,
+    "evaluation": _evaluate,
+    "report": _report,
+}
 
 
 def _open(config_file: Path, overrides: list[str] | None = None, resume: bool = False) -> Job:
@@ -218,10 +249,18 @@ def _open(config_file: Path, overrides: list[str] | None = None, resume: bool = 
     return Job(config, run)
 
 
-def _run(job: Job, steps: tuple) -> None:
+def _run(job: Job, last: str) -> None:
+    """Every step up to `last`; the seconds of each are kept with the run, over all its starts."""
+    import time
+
+    _check(job)
     try:
-        for step in steps:
+        for name, step in STEPS.items():
+            started = time.monotonic()
             step(job)
+            job.run.add_seconds(name, time.monotonic() - started)
+            if name == last:
+                return
     finally:
         job.run.close()
 

@@ -134,7 +134,6 @@ class BucketStorage:
 
     def local_path(self, path: str) -> None:
         """See `Storage.local_path`."""
-        safe_path(path, self.uri)
 
     def _key(self, path: str) -> str:
         safe_path(path, self.uri)
@@ -202,10 +201,5 @@ def _make_client() -> Any:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
-    if "@" in (endpoint_url() or ""):
-        raise UserError("AWS_ENDPOINT_URL must not hold a user name or password; give credentials by boto3's own chain")
-    try:
-        # A session of our own: boto3's default one is not safe to use from several threads.
-        return boto3.session.Session().client("s3", config=config)
-    except ValueError:
-        raise UserError("AWS_ENDPOINT_URL is no URL; give http://host:port or https://host:port") from None
+    # A session of our own: boto3's default one is not safe to use from several threads.
+    return boto3.session.Session().client("s3", endpoint_url=endpoint_url(), config=config)

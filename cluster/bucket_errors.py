@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
@@ -30,8 +31,17 @@ _BUSY = {"SlowDown", "ServiceUnavailable", "InternalError", "Throttling", "Reque
 
 
 def endpoint_url() -> str | None:
-    """The S3 server named by the environment, None for AWS."""
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
+    """The S3 server named by the environment, None for AWS.
+
+    Raises:
+        UserError: It is no plain URL; it is not repeated, since it may hold a password.
+    """
+    url = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
+    if url and not re.fullmatch(r"https?://[^@/\s]+/?", url):
+        raise UserError(
+            "AWS_ENDPOINT_URL must read http://host:port or https://host:port; give credentials by boto3's own chain"
+        )
+    return url
 
 
 class TakenError(UserError):
@@ -61,7 +71,7 @@ def plain_errors(bucket: str, uri: str) -> Iterator[None]:
     except errors.ProfileNotFound as error:
         name = os.environ.get("AWS_PROFILE") or os.environ.get("AWS_DEFAULT_PROFILE")
         raise UserError(f"AWS profile {name!r} for {uri} is not in ~/.aws; make it or unset AWS_PROFILE") from error
-    except errors.HTTPClientError as error:  # refused, unknown host, timeouts, TLS
+    except (errors.HTTPClientError, errors.ConnectionError) as error:  # refused, unknown host, timeouts, TLS
         raise UserError(
             f"{_server()} cannot be reached for {uri} ({type(error).__name__}); check the network and AWS_ENDPOINT_URL"
         ) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -21,7 +21,9 @@ class Section(BaseModel):
 class ClusterConfig(Section):
     """Where a run's workers live and how they are looked after."""
 
-    workers: int | Literal["auto"] = Field("auto", description="Training processes; auto = one a GPU, else one a core")
+    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="Training processes; auto = one a GPU, else one a core"
+    )
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto = cuda where Ray sees a GPU")
     cpus_per_worker: float = Field(1.0, gt=0, description="Cores reserved for each worker, its decoding included")
     max_failures: int = Field(3, ge=-1, description="Restarts from the last checkpoint before giving up; -1 = no limit")
@@ -50,7 +52,7 @@ def load_config(kind: type[SectionType], path: str | Path, overrides: list[str] 
         )
     try:
         values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"configuration {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"configuration {path} must be a mapping of keys to values, not a {type(values).__name__}")
@@ -62,8 +64,7 @@ def parse_config(kind: type[SectionType], values: dict[str, Any], origin: str) -
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        findings = "; ".join(_finding(kind, values, dict(item)) for item in error.errors())
-        raise UserError(f"{origin}: {findings}") from None
+        raise UserError(f"{origin}: {'; '.join(_findings(kind, error))}") from None
 
 
 def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
@@ -79,7 +80,12 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
             if not isinstance(target.get(parent), dict):
                 target[parent] = {}
             target = target[parent]
-        target[leaf] = _scalar(text)
+        try:
+            target[leaf] = _scalar(text)
+        except yaml.YAMLError:
+            raise UserError(
+                f"override {override!r}: {text!r} is not valid YAML; quote it, e.g. {name}='\"text\"'"
+            ) from None
     return merged
 
 
@@ -100,27 +106,61 @@ def nearest(name: str, known: list[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
 
 
-def _finding(kind: type[Section], values: dict[str, Any], item: dict[str, Any]) -> str:
-    location = [part for part in item["loc"] if isinstance(part, str | int)]
-    key = ".".join(str(part) for part in location)
+def _findings(kind: type[Section], error: ValidationError) -> list[str]:
+    """One clause for each wrong key; pydantic has several where a key may be one of several types."""
+    by_key: dict[str, list[dict[str, Any]]] = {}
+    for item in error.errors():
+        by_key.setdefault(_key(kind, dict(item)), []).append(dict(item))
+    return [
+        _clause(kind, key, items)
+        for key, items in by_key.items()
+        if not any(other.startswith(f"{key}.") for other in by_key)  # says the same again, e.g. of a list's item
+    ]
+
+
+def _clause(kind: type[Section], key: str, items: list[dict[str, Any]]) -> str:
+    item = items[0]
     if item["type"] == "extra_forbidden":
-        return f"unknown key {key!r}; {nearest(str(location[-1]), _known_keys(kind, location[:-1]))}"
-    if item["type"] == "literal_error":
+        return (
+            f"unknown key {key!r}; {nearest(str(item['loc'][-1]), list(_section(kind, item['loc'][:-1]).model_fields))}"
+        )
+    if item["type"] == "missing":
+        return f"{key} is missing"
+    if item["type"] == "value_error":  # of our own validators, which name the key and the value themselves
+        message = item["msg"].removeprefix("Value error, ")
+        return f"{key}: {message}" if key else message
+    if len(items) == 1 and item["type"] == "literal_error":
         names = [word.strip(" '") for word in item["ctx"]["expected"].replace(" or ", ", ").split(",")]
         return f"{key} = {item['input']!r} is not known; {nearest(str(item['input']), names)}"
-    return f"{key} = {item.get('input')!r}: {item['msg']}" if key else item["msg"]
+    rules = [other["msg"].removeprefix("Input should be ").partition(", ")[0] for other in items]
+    if item["type"] == "model_type":
+        rules = ["a mapping of keys to values"]
+    rule = f" must be {' or '.join(rules)}" if item["msg"].startswith("Input should be ") else f": {item['msg']}"
+    return f"{key} = {item['input']!r}{rule}"
 
 
-def _known_keys(kind: type[BaseModel], location: list[str | int]) -> list[str]:
-    """Field names of the section at `location` (union arms that are not sections are passed over)."""
-    current: Any = kind
+def _key(kind: type[Section], item: dict[str, Any]) -> str:
+    """`a.b.c` of pydantic's location, which also names the arms of unions."""
+    *outer, last = item["loc"] or ("",)
+    parts = [part for i, part in enumerate(outer) if _names_something(kind, item["loc"][:i], part)]
+    if item["type"] == "extra_forbidden" or _names_something(kind, tuple(outer), last):
+        parts.append(last)
+    return ".".join(str(part) for part in parts)
+
+
+def _names_something(kind: type[Section], location: tuple[int | str, ...], part: int | str) -> bool:
+    return isinstance(part, int) or part in _section(kind, location).model_fields
+
+
+def _section(kind: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:
+    """The innermost section at `location`; parts that are no fields, such as arms of unions, are passed over."""
+    current = kind
     for part in location:
-        field = getattr(current, "model_fields", {}).get(part)
-        if field is None:
-            continue
-        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        current = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), current)
-    return list(current.model_fields)
+        field = current.model_fields.get(str(part))
+        if field is not None:
+            candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+            current = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), current)
+    return current
 
 
 def _scalar(text: str) -> Any:

@@ -141,7 +141,7 @@ class LocalStorage:
 
     def local_path(self, path: str) -> Path:
         """See `Storage.local_path`."""
-        return self.root / safe_path(path, self.uri)
+        return self.root / safe_path(path, self.uri) if path else self.root
 
     @contextmanager
     def _reading(self, path: str) -> Iterator[BinaryIO]:

@@ -1,7 +1,8 @@
 """Run a function on N workers with Ray Train, and restart it from its last checkpoint when something dies.
 
 The function is called on every worker as `function(worker, **arguments)`. It talks to the driver through
-`Worker.tell`, and saves and restores through `Worker.report` and `Worker.checkpoint`. What it computes is its own business.
+`Worker.tell`, and saves and restores through `Worker.report` and `Worker.checkpoint`. What it computes is its own
+business.
 """
 
 from __future__ import annotations
@@ -143,8 +144,8 @@ def run_workers(
 ) -> Outcome:
     """Call `function(worker, **arguments)` on every worker until it has returned everywhere.
 
-    A worker that dies takes the group down; the group starts again, `Worker.checkpoint` giving the newest checkpoint, up
-    to `cluster.max_failures` times. The same `name` and `run_uri` go on where a driver that died had come to.
+    A worker that dies takes the group down; the group starts again, `Worker.checkpoint` giving the newest checkpoint,
+    up to `cluster.max_failures` times. The same `name` and `run_uri` go on where a driver that died had come to.
 
     Args:
         function: Importable on the workers; must not return before it is done.
@@ -172,7 +173,13 @@ def run_workers(
     keep_number, keep_by = keep or (None, None)
     trainer = TorchTrainer(
         _on_worker,
-        train_loop_config={"function": function, "arguments": arguments, "mailbox": mailbox, "device": device},
+        train_loop_config={
+            "function": function,
+            "arguments": arguments,
+            "mailbox": mailbox,
+            "device": device,
+            "working_folder": os.getcwd(),
+        },
         torch_config=TorchConfig(backend="nccl" if device == "cuda" else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers, use_gpu=device == "cuda", resources_per_worker=resources
@@ -212,6 +219,8 @@ def _on_worker(config: dict[str, Any]) -> None:
     mailbox, device = config["mailbox"], config["device"]
     if ray.get(mailbox.failure.remote()):  # the group was restarted after a user's mistake: a restart does not mend it
         return
+    if os.path.isdir(config["working_folder"]):  # Ray Train moves away from it; relative paths mean the driver's
+        os.chdir(config["working_folder"])
     os.environ["PATH"] = (
         f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # ninja, for DeepSpeed
     )
@@ -261,7 +270,11 @@ def _messages(mailbox: Any, on_message: Callable[[dict[str, Any]], None]) -> Ite
     done = threading.Event()
 
     def deliver() -> None:
-        for message in ray.get(mailbox.drain.remote()):
+        try:
+            messages = ray.get(mailbox.drain.remote())
+        except ray.exceptions.RayError:  # Ray itself is going down: `fit` tells why
+            return
+        for message in messages:
             on_message(message)
 
     def poll() -> None:

@@ -17,6 +17,7 @@ from cluster.storage import Storage, open_storage
 
 CONFIG_FILE = "config.yaml"
 LOG_FILE = "log.jsonl"
+TIMINGS_FILE = "timings.json"
 PUBLISH_LOG_EVERY_S = 30.0
 
 # Settings that say where and how fast a run is carried out, not what comes out of it.
@@ -66,10 +67,27 @@ class RunFolder:
         """A published JSON file, or None where there is none."""
         return json.loads(self.storage.read(name)) if self.storage.exists(name) else None
 
+    def need_json(self, name: str, command: str) -> Any:
+        """A published JSON file that an earlier step has written.
+
+        Raises:
+            UserError: It is not there; the message names the command that writes it.
+        """
+        value = self.read_json(name)
+        if value is None:
+            raise UserError(f"{self.uri}/{name} does not exist; run `{command}` first")
+        return value
+
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file, whole or not at all."""
         data = json.dumps(value, indent=2, allow_nan=True).encode()
         self.storage.write(name, data)
+
+    def add_seconds(self, step: str, seconds: float) -> None:
+        """Count time that a step took into `timings.json`; a step that found its work done took none."""
+        if seconds >= 1:
+            timings = self.read_json(TIMINGS_FILE) or {}
+            self.write_json(TIMINGS_FILE, {**timings, step: round(timings.get(step, 0.0) + seconds, 1)})
 
     def log(self, line: dict[str, Any]) -> None:
         """Append one line to the run's log; on a bucket it is published every half minute and by `close`."""

@@ -69,7 +69,7 @@ class Storage(Protocol):
         """Copy a file of the storage to a local path, atomically; the size is checked."""
 
     def local_path(self, path: str) -> Path | None:
-        """Where the file lies on this machine; None for a bucket."""
+        """Where the file (`""`: the storage itself) lies on this machine; None for a bucket."""
 
 
 def open_storage(uri: str | Path) -> Storage:

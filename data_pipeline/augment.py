@@ -22,7 +22,7 @@ _COUNTERS = _NUMBERS // 4
 
 @dataclass(frozen=True, eq=False)
 class ViewParameters:
-    """What happens to each image of a batch, in this order: crop, (resize), flips, rotation, colour."""
+    """What happens to each image of a batch, in this order: crop, (resize), rotation, flips, colour."""
 
     anchor: np.ndarray
     """int32 [B, 2]: top left corner (y, x) of the crop, in pixels."""

@@ -2,7 +2,7 @@
 
 The graph holds no randomness: crop windows, flips, angles and colour factors come from `augment.py` with each batch.
 
-Training, each view:  crop -> resize to image_px (antialiased) -> flips -> rotation -> colour -> normalise.
+Training, each view:  crop -> resize to image_px (antialiased) -> rotation -> flips -> colour -> normalise.
 Evaluation:           short side to image_px * resize_ratio (antialiased) -> centre crop -> normalise.
 
 - One view decodes no more than its crop window; two views are cut from one decoded image.
@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -27,6 +28,7 @@ from PIL import Image
 from cluster.errors import UserError
 from data_pipeline.augment import ViewParameters
 from data_pipeline.config import AugmentConfig
+from data_pipeline.images import DamagedImage, prepare_image
 
 QUEUE_DEPTH = 2
 """Batches in DALI's hands: one is decoded while the next waits, so that its threads never idle."""
@@ -44,6 +46,11 @@ class ImageSettings:
     resize_ratio: float
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+
+    @property
+    def short_px(self) -> int:
+        """Evaluation: short side before the centre crop; as even or odd as `image_px`, so that the crop is centred."""
+        return self.image_px + 2 * round(self.image_px * (self.resize_ratio - 1) / 2)
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,12 @@ class Decoder:
         images = views[0] if len(views) == 1 else torch.cat(views)
         return images.to(self.settings.device).permute(0, 3, 1, 2)
 
+    def drain(self) -> None:
+        """Throw away what was submitted and not asked for."""
+        while self._pending:
+            with suppress(DecodeError):
+                self.result()
+
     def close(self) -> None:
         """Let go of the pipeline and of what it was decoding; the next `submit` builds it anew."""
         self._pipeline = None
@@ -159,7 +172,7 @@ def find_damaged(
     Returns:
         Number in the batch -> reason, for each image that DALI cannot decode.
     """
-    decoder = Decoder(settings)
+    decoder = Decoder(replace(settings, batch_size=1))
     damaged = {}
     for number, data in enumerate(encoded):
         decoder.submit([data], [view.select(slice(number, number + 1)) for view in views])
@@ -178,32 +191,35 @@ def _training_graph(settings: DecoderSettings, config: AugmentConfig) -> tuple[l
 
     def parameter(view: int, field: str) -> Any:
         inputs.append((f"{field}_{view}", view, field))
-        kind = types.FLOAT if field in ("angle", "brightness", "contrast", "saturation", "hue") else types.INT32
+        kind = (
+            types.DALIDataType.FLOAT
+            if field in ("angle", "brightness", "contrast", "saturation", "hue")
+            else types.DALIDataType.INT32
+        )
         return fn.external_source(name=f"{field}_{view}", dtype=kind, ndim=1 if field in ("anchor", "shape") else 0)
 
-    encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+    encoded = fn.external_source(name="encoded", dtype=types.DALIDataType.UINT8, ndim=1)
     device = "mixed" if settings.mixed else "cpu"
     whole = fn.decoders.image(encoded, device=device) if settings.views > 1 else None
     outputs = []
     for view in range(settings.views):
         anchor, shape = parameter(view, "anchor"), parameter(view, "shape")
+        images: Any
         if whole is None:
             images = fn.decoders.image_slice(encoded, anchor, shape, axis_names="HW", device=device)
         else:
             images = fn.slice(whole, anchor, shape, axis_names="HW")
         px = settings.image.image_px
-        images = fn.resize(images, size=[px, px], interp_type=types.INTERP_LINEAR, antialias=True)
-        if config.flip_vertical:
-            images = fn.flip(images, horizontal=0, vertical=parameter(view, "upside_down"))
-        mirror = parameter(view, "mirror") if config.flip_horizontal else 0
-        if config.rotate_deg and config.flip_horizontal:  # flips come before the rotation
-            images, mirror = fn.flip(images, horizontal=mirror), 0
+        images = fn.resize(images, size=[px, px], interp_type=types.DALIInterpType.INTERP_LINEAR, antialias=True)
         if config.rotate_deg:
             images = fn.rotate(images, angle=parameter(view, "angle"), keep_size=True)
+        if config.flip_vertical:
+            images = fn.flip(images, horizontal=0, vertical=parameter(view, "upside_down"))
         colours = [name for name, field in _COLOUR_FIELDS.items() if getattr(config, field)]
         if colours:
             images = fn.color_twist(images, **{name: parameter(view, name) for name in colours})
-        outputs.append(_normalise(settings.image, images, mirror=mirror))
+        mirror = {"mirror": parameter(view, "mirror")} if config.flip_horizontal else {}
+        outputs.append(_normalise(settings.image, images, **mirror))
     return outputs, inputs
 
 
@@ -211,11 +227,12 @@ def _evaluation_graph(settings: DecoderSettings) -> Any:
     """Output [B, px, px, 3]."""
     from nvidia.dali import fn, types
 
-    encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-    images = fn.decoders.image(encoded, device="mixed" if settings.mixed else "cpu")
+    encoded = fn.external_source(name="encoded", dtype=types.DALIDataType.UINT8, ndim=1)
+    images: Any = fn.decoders.image(encoded, device="mixed" if settings.mixed else "cpu")
     px = settings.image.image_px
-    short_px = round(px * settings.image.resize_ratio)
-    images = fn.resize(images, resize_shorter=short_px, interp_type=types.INTERP_LINEAR, antialias=True)
+    images = fn.resize(
+        images, resize_shorter=settings.image.short_px, interp_type=types.DALIInterpType.INTERP_LINEAR, antialias=True
+    )
     return _normalise(settings.image, images, crop=(px, px))
 
 
@@ -224,7 +241,9 @@ def _normalise(settings: ImageSettings, images: Any, **options: Any) -> Any:
     from nvidia.dali import fn, types
 
     mean, std = ([255.0 * number for number in numbers] for numbers in (settings.mean, settings.std))
-    return fn.crop_mirror_normalize(images, mean=mean, std=std, dtype=types.FLOAT, output_layout="HWC", **options)
+    return fn.crop_mirror_normalize(
+        images, mean=mean, std=std, dtype=types.DALIDataType.FLOAT, output_layout="HWC", **options
+    )
 
 
 _COLOUR_FIELDS = {"brightness": "brightness", "contrast": "contrast", "saturation": "saturation", "hue": "hue_deg"}
@@ -248,10 +267,9 @@ def _dot_parameters() -> ViewParameters:
 def _reason(data: np.ndarray) -> str | None:
     """Pillow's word on an image; DALI gives only a number."""
     try:
-        with Image.open(io.BytesIO(data.tobytes())) as image:
-            image.load()
-    except Exception as error:
-        return " ".join(str(error).split())
+        prepare_image(data.tobytes())
+    except DamagedImage as damage:
+        return str(damage)
     return None
 
 

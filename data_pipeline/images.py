@@ -1,6 +1,7 @@
 """One image: read it whole or say why not, turn it into what a packed dataset holds, and hash what it shows.
 
-A packed image is an upright 8-bit JPEG or PNG, grey or RGB. Bytes that are this already are kept. The rest is converted:
+A packed image is an upright 8-bit JPEG or PNG, grey or RGB. Bytes that are this already are kept, all else is
+converted:
 
 - EXIF orientation is applied and dropped.
 - 16-bit grey: round(value / 257), the full range 0..65535 onto 0..255.
@@ -28,6 +29,7 @@ HASH_SIDE_PX = 32
 FLAT_STD = 1.0
 """Grey levels of 255: the hash of an image with less structure would be noise."""
 
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 ORIENTATION_TAG = 0x0112
 UPRIGHT = 1
 WHITE = (255, 255, 255, 255)
@@ -66,7 +68,7 @@ def prepare_image(data: bytes, short_side_px: int | None = None) -> PackedImage:
     if not data:
         raise DamagedImage("the file is empty")
     try:
-        with Image.open(io.BytesIO(data)) as opened:
+        with _open(data) as opened:
             opened.load()
             source = opened.format or ""
             kept = source in SUFFIX and _is_plain(opened, data)
@@ -114,6 +116,13 @@ def _dct_basis(size: int) -> np.ndarray:
     basis = np.cos(np.pi * (2 * position + 1) * frequency / (2 * size)) * np.sqrt(2 / size)
     basis[0] /= np.sqrt(2)
     return basis
+
+
+def _open(data: bytes) -> Image.Image:
+    if data.startswith(PNG_SIGNATURE):
+        with Image.open(io.BytesIO(data)) as image:
+            image.verify()  # the checksums of a PNG: its decoder alone lets wrong bytes pass
+    return Image.open(io.BytesIO(data))
 
 
 def _is_plain(image: Image.Image, data: bytes) -> bool:

@@ -57,7 +57,7 @@ class ShardReader:
         if shard in self._held:
             data = self._held[shard][offset : offset + length]
         else:
-            data = np.frombuffer(os.pread(self._file(shard).descriptor, length, offset), dtype=np.uint8)
+            data = self._file(shard).read(offset, length)
         if len(data) < length:
             raise _broken(self._dataset, self._dataset.shards[shard], "truncated")
         return data
@@ -133,7 +133,7 @@ class ShardReader:
             data = np.fromfile(file, dtype=np.uint8)
         if len(data) < shard.bytes:
             raise _broken(self._dataset, shard, "truncated")
-        if self._cache is None and hashlib.sha256(memoryview(data)).hexdigest() != shard.sha256:
+        if self._cache is None and hashlib.sha256(data.data).hexdigest() != shard.sha256:
             raise _broken(self._dataset, shard, "altered")
         data.setflags(write=False)
         return data
@@ -233,6 +233,9 @@ class _OpenShard:
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
+
+    def read(self, offset: int, length: int) -> np.ndarray:
+        return np.frombuffer(os.pread(self.descriptor, length, offset), dtype=np.uint8)
 
     def is_in_use(self) -> bool:
         """Whether someone else has opened the file as in use."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -86,14 +87,17 @@ def join_near_duplicates(groups: np.ndarray, hashes: np.ndarray, max_bits: int) 
             node = parent[node]
         return node
 
+    def join(links: np.ndarray) -> None:
+        for left, right in np.unique(links, axis=0).tolist():
+            low, high = sorted((root(left), root(right)))
+            parent[high] = low
+
     if max_bits >= 0:
         values, first, which = np.unique(np.asarray(hashes, dtype=np.uint64), return_index=True, return_inverse=True)
         same = np.flatnonzero(hashes != 0)
-        links = [np.stack([group[same], group[first[which[same]]]], axis=1)]
-        links += [group[first[pairs]] for pairs in near_pairs(values, max_bits)]
-        for left, right in np.unique(np.concatenate(links), axis=0).tolist():
-            low, high = sorted((root(left), root(right)))
-            parent[high] = low
+        join(np.stack([group[same], group[first[which[same]]]], axis=1))
+        for pairs in near_pairs(values, max_bits):
+            join(group[first[pairs]])
     return names[[root(node) for node in range(len(names))]][group].astype(object)
 
 
@@ -110,13 +114,13 @@ def near_pairs(values: np.ndarray, max_bits: int) -> Iterator[np.ndarray]:
     Yields:
         int64 [P, 2]: positions in `values`; a pair may come more than once.
     """
-    edges = np.linspace(0, HASH_BITS, max_bits + 2).round().astype(int)
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
-        band = (values >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
+    known = np.flatnonzero(values)
+    edges = np.linspace(0, HASH_BITS, max_bits + 2).round().astype(int).tolist()
+    for low, high in pairwise(edges):
+        band = (values[known] >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
         order = np.argsort(band, kind="stable")
-        order = order[values[order] != 0]
-        starts = np.flatnonzero(np.diff(band[order], prepend=~band[order[:1]])) if len(order) else []
-        for bucket in np.split(order, starts[1:]):
+        starts = np.flatnonzero(np.diff(band[order])) + 1
+        for bucket in np.split(known[order], starts):
             if len(bucket) > 1:
                 yield from _compare(values, bucket, max_bits)
 
@@ -132,7 +136,7 @@ def _compare(values: np.ndarray, bucket: np.ndarray, max_bits: int) -> Iterator[
 
 
 def _check_groups(num_groups: np.ndarray, classes: Sequence[str]) -> None:
-    short = [f"class {classes[c]!r} has {num_groups[c]}" for c in np.flatnonzero(num_groups < len(SPLITS))]
+    short = [f"class {classes[c]!r} has {num_groups[c]}" for c in np.flatnonzero(num_groups < len(SPLITS)).tolist()]
     if short:
         raise UserError(
             f"too few groups (patients or lesions, near-duplicates joined) to split: {', '.join(short)}, and each of "
@@ -144,6 +148,6 @@ def _check_groups(num_groups: np.ndarray, classes: Sequence[str]) -> None:
 def _check_splits(held: np.ndarray, classes: Sequence[str]) -> None:
     for split, label in np.argwhere(held == 0).tolist():
         raise UserError(
-            f"class {classes[label]!r} has no group left for {SPLITS[split]}: its groups are shared with other classes; "
+            f"class {classes[label]!r} has no group left for {SPLITS[split]}: its groups are other classes' too; "
             "add images of other patients or lesions, or leave the class out"
         )

@@ -26,6 +26,7 @@ Legend: N draws of an epoch, T steps, B global batch size, S streams, C classes,
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection
 
 import numpy as np
@@ -92,6 +93,7 @@ class TrainStream:
         self._num_shards = int(index.shard.max()) + 1
         self._drawn = (0, np.zeros(num_classes, dtype=np.int64))  # (epoch, draws of each class before it)
         self._planned: tuple[int, np.ndarray] | None = None
+        self._lock = threading.Lock()
 
     def rank_rows(self, epoch: int, step: int, rank: int = 0, world: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """A rank's part of one global batch, by ascending position.
@@ -118,10 +120,11 @@ class TrainStream:
 
     def plan(self, epoch: int) -> np.ndarray:
         """Row number at each position of an epoch, int [N]; the last epoch asked for is kept."""
-        if self._planned is None or self._planned[0] != epoch:
-            self._planned = None  # let go of the old plan before the new one is made
-            self._planned = (epoch, self._plan(epoch))
-        return self._planned[1]
+        with self._lock:  # the loader asks from several threads
+            if self._planned is None or self._planned[0] != epoch:
+                self._planned = None  # let go of the old plan before the new one is made
+                self._planned = (epoch, self._plan(epoch))
+            return self._planned[1]
 
     def draws_per_class(self, epoch: int) -> np.ndarray:
         """m_c of an epoch, int64 [C]."""

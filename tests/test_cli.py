@@ -87,7 +87,11 @@ def test_predictions_hold_each_test_image_once_with_its_probabilities(finished):
     _, run = finished
     table = pq.read_table(run / "model" / "predictions.parquet").to_pydict()
     probabilities = [name for name in table if name.startswith("p_")]
-    assert len(set(table["image"])) == len(table["image"]) == json.loads((run / "model/metrics.json").read_text())["test"]["samples"]
+    assert (
+        len(set(table["image"]))
+        == len(table["image"])
+        == json.loads((run / "model/metrics.json").read_text())["test"]["samples"]
+    )
     for i in range(len(table["image"])):
         assert sum(table[name][i] for name in probabilities) == pytest.approx(1, abs=1e-4)
 
@@ -155,6 +159,18 @@ def test_debug_shows_the_traceback():
 
 def test_every_command_has_help():
     help_text = rarelens("--help", timeout=60).stdout
-    for command in ("demo", "pack", "audit", "train", "stage-one", "features", "stage-two", "evaluate", "report", "predict", "doctor"):
+    for command in (
+        "demo",
+        "pack",
+        "audit",
+        "train",
+        "stage-one",
+        "features",
+        "stage-two",
+        "evaluate",
+        "report",
+        "predict",
+        "doctor",
+    ):
         assert command in help_text
         assert rarelens(command, "--help", timeout=60).returncode == 0

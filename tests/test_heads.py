@@ -25,7 +25,9 @@ NUM_CLASSES, DIM = 4, 6
 @pytest.fixture
 def own():
     rng = torch.Generator().manual_seed(0)
-    weight = torch.randn(NUM_CLASSES, DIM, generator=rng, dtype=torch.float64) * torch.tensor([[4.0], [2.0], [1.0], [0.5]])
+    weight = torch.randn(NUM_CLASSES, DIM, generator=rng, dtype=torch.float64) * torch.tensor(
+        [[4.0], [2.0], [1.0], [0.5]]
+    )
     return Head(weight, torch.randn(NUM_CLASSES, generator=rng, dtype=torch.float64))
 
 
@@ -104,7 +106,9 @@ class TestLogitAdjustmentOnAMixture:
 
 
 def test_a_class_without_samples_has_no_prior():
-    with pytest.raises(UserError, match="class 1 has no training sample, and stage two needs at least one of every class"):
+    with pytest.raises(
+        UserError, match="class 1 has no training sample, and stage two needs at least one of every class"
+    ):
         log_prior(np.array([5, 0, 3]))
 
 

@@ -11,7 +11,7 @@ def test_config_is_pinned_and_a_changed_one_is_refused(tmp_path):
     RunFolder(uri).pin_config({"run": uri, "stage_one": {"epochs": 8, "lr": 0.1}, "cluster": {"workers": 2}})
     RunFolder(uri).pin_config({"run": uri, "stage_one": {"epochs": 8, "lr": 0.1}, "cluster": {"workers": 1}})
     with pytest.raises(
-        UserError, match=r"run was started with another configuration \(stage_one.epochs = 9, was 8\); give another run="
+        UserError, match=r"was started with another configuration \(stage_one.epochs = 9, was 8\); give another run="
     ):
         RunFolder(uri).pin_config({"run": uri, "stage_one": {"epochs": 9, "lr": 0.1}, "cluster": {"workers": 2}})
 

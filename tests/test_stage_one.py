@@ -1,4 +1,4 @@
-"""Stage one on real workers: two equal one, a killed run equals an unbroken one, and the first losses stay as they are."""
+"""Stage one on real workers: two equal one, a killed run equals an unbroken one, the first losses stay as they are."""
 
 import json
 from pathlib import Path
@@ -73,7 +73,9 @@ def test_a_killed_worker_changes_no_loss(unbroken, train, monkeypatch):
     def kill_a_worker_in_the_second_epoch(*args, on_message, **kwargs):
         def watch(message):
             if message["kind"] == "step" and message["epoch"] == 1 and not killed:
-                victim = next(p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or ()))
+                victim = next(
+                    p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or ())
+                )
                 killed.append(victim.pid)
                 victim.kill()
             on_message(message)

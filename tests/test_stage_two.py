@@ -142,7 +142,9 @@ def test_closed_forms_use_the_training_features(own):
     assert kept is own
     means = np.stack([x[labels == c].mean(axis=0) for c in range(NUM_CLASSES)])
     assert np.allclose(euclidean.weight, 2 * means, atol=1e-5)
-    assert cosine.normalise and np.allclose(cosine.weight, means / np.linalg.norm(means, axis=1, keepdims=True), atol=1e-6)
+    assert cosine.normalise and np.allclose(
+        cosine.weight, means / np.linalg.norm(means, axis=1, keepdims=True), atol=1e-6
+    )
 
 
 def test_rebalanced_heads_lift_the_rarest_classes(own):
@@ -190,7 +192,7 @@ class TestSampleOrders:
 
 def test_predict_is_each_head_s_argmax(own):
     x, labels = clusters()
-    heads = train_heads(many_specs()[:9] + [HeadSpec("nearest_class_mean", normalise=True)], x, labels, COUNTS, own)
+    heads = train_heads([*many_specs()[:9], HeadSpec("nearest_class_mean", normalise=True)], x, labels, COUNTS, own)
     expected = [head.logits(torch.from_numpy(x)).argmax(dim=1).numpy() for head in heads]
     assert np.array_equal(predict(heads, x), np.stack(expected))
 

@@ -35,14 +35,15 @@ def extract_features(
     Returns:
         The local folder, for `trainer.features.read_features`.
     """
-    checkpoint = run.read_json(f"{name}/result.json")["checkpoint"]
+    checkpoint = run.need_json(f"{name}/result.json", "rarelens stage-one")["checkpoint"]
     weights_sha256 = sha256_of(fetch_checkpoint(run, checkpoint) / WEIGHTS_FILE)
     if run.storage.exists(f"{folder}/{MANIFEST_FILE}"):
         local = run.fetch(folder)
         if read_manifest(local)["checkpoint_sha256"] == weights_sha256:
             return local
     made: list[dict] = []
-    with progress_bar(f"features of {' + '.join(splits)}", total=sum(len(dataset.index(split)) for split in splits)) as bar:
+    samples = sum(len(dataset.index(split)) for split in splits)
+    with progress_bar(f"features of {' + '.join(splits)}", samples) as bar:
 
         def on_message(message: dict) -> None:
             made.append(message)

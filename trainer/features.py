@@ -1,7 +1,7 @@
 """Features: the backbone's output for every sample, kept as Arrow files that stage two reads by memory map.
 
-On disk, in one folder: `SPLIT-PART.arrow` (Arrow IPC; a part is what one worker made) and `features.json`, written last:
-without it the features do not exist.
+On disk, in one folder: `SPLIT-PART.arrow` (Arrow IPC; a part is what one worker made) and `features.json`, written
+last: without it the features do not exist.
 
 Shapes: N samples, D feature.
 """
@@ -52,7 +52,7 @@ class Features:
         return len(self.rows)
 
 
-def extract(  # noqa: PLR0913 - the place of a worker is three numbers
+def extract(
     model: Classifier,
     dataset: Dataset,
     data: DataConfig,
@@ -146,20 +146,31 @@ def write_manifest(
 ) -> None:
     """Declare the features whole; called once, after every part is written.
 
+    Rows that no part holds are samples whose image was damaged, which the loader has named; they are listed.
+
     Args:
         folder: The features folder.
         backbone: timm name.
         checkpoint_sha256: Hash of the weights that made the features.
         dim: D.
-        rows: Samples of each split.
+        rows: Samples of each split in the dataset's Index.
         parts: Files a split, numbered from 0; others in the folder are leftovers and not read.
+
+    Raises:
+        UserError: A part is missing or damaged, or a row is there twice.
     """
+    left_out = {}
+    for split, count in rows.items():
+        made = _read_parts(folder, split, parts)["row"].to_numpy()
+        left_out[split] = np.setdiff1d(np.arange(count), made).tolist()
+        _check_rows(folder, split, made, count, left_out[split])
     manifest = {
         "format": FORMAT_VERSION,
         "backbone": backbone,
         "checkpoint_sha256": checkpoint_sha256,
         "dim": dim,
         "rows": dict(rows),
+        "left_out": left_out,
         "parts": parts,
     }
     path = Path(folder) / MANIFEST_FILE
@@ -169,7 +180,7 @@ def write_manifest(
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """`features.json`: backbone, checkpoint_sha256, dim, rows by split, parts.
+    """`features.json`: backbone, checkpoint_sha256, dim, parts; rows and left_out by split.
 
     Raises:
         UserError: There is none, or it is damaged or of another format.
@@ -187,7 +198,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def read_features(folder: str | Path, split: str) -> Features:
-    """All features of a split, in the order of its Index.
+    """All features of a split, in the order of its Index; samples whose image was damaged are left out.
 
     A split of one part is not copied: `x` looks into the memory map, which the processes of a machine share. Several
     parts are joined in memory, as float16.
@@ -199,19 +210,12 @@ def read_features(folder: str | Path, split: str) -> Features:
     Raises:
         UserError: The folder has no manifest, or a part is missing, damaged or not the one that the manifest means.
     """
-    import pyarrow as pa
-
     manifest = read_manifest(folder)
     if split not in manifest["rows"]:
         raise UserError(f"features {folder} have no split {split!r}, only {', '.join(manifest['rows'])}; {_REMEDY}")
-    table = pa.concat_tables([_read_part(_part_path(folder, split, part)) for part in range(manifest["parts"])])
+    table = _read_parts(folder, split, manifest["parts"])
     rows = table["row"].to_numpy()
-    order = np.argsort(rows, kind="stable")
-    if not np.array_equal(rows[order], np.arange(manifest["rows"][split])):
-        raise UserError(
-            f"features {folder} hold {len(rows)} rows of split {split!r}, not each of its {manifest['rows'][split]} "
-            f"samples once; {_REMEDY}"
-        )
+    order = _check_rows(folder, split, rows, manifest["rows"][split], manifest["left_out"][split])
     x = _matrix(table["embedding"], manifest["dim"], folder)
     in_order = bool((order == np.arange(len(order))).all())
     return Features(
@@ -227,6 +231,24 @@ def _part_path(folder: str | Path, split: str, part: int) -> Path:
     return Path(folder) / f"{split}-{part:03d}.arrow"
 
 
+def _read_parts(folder: str | Path, split: str, parts: int) -> Any:
+    """The parts of a split as one table that looks into their memory maps."""
+    import pyarrow as pa
+
+    return pa.concat_tables([_read_part(_part_path(folder, split, part)) for part in range(parts)])
+
+
+def _check_rows(folder: str | Path, split: str, rows: np.ndarray, count: int, left_out: list[int]) -> np.ndarray:
+    """The order that sorts `rows`, after a check that they are 0..count - 1 without those left out, each once."""
+    order = np.argsort(rows, kind="stable")
+    if not np.array_equal(rows[order], np.setdiff1d(np.arange(count), left_out)):
+        raise UserError(
+            f"features {folder} hold {len(rows)} rows of split {split!r}, not each of its {count - len(left_out)} "
+            f"readable samples once; {_REMEDY}"
+        )
+    return order
+
+
 def _read_part(path: Path) -> Any:
     import pyarrow as pa
 
@@ -235,13 +257,15 @@ def _read_part(path: Path) -> Any:
     try:
         return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"features file {path} is truncated or damaged ({' '.join(str(error).split())}); {_REMEDY}") from None
+        message = " ".join(str(error).split())
+        raise UserError(f"features file {path} is truncated or damaged ({message}); {_REMEDY}") from None
 
 
 def _matrix(column: Any, dim: int, folder: str | Path) -> np.ndarray:
     """A column of fixed-size lists as [N, D]; one chunk is a view, several are joined."""
-    if column.type.list_size != dim:
-        raise UserError(f"features {folder} have {column.type.list_size} values a sample, {MANIFEST_FILE} says {dim}; {_REMEDY}")
+    width = column.type.list_size
+    if width != dim:
+        raise UserError(f"features {folder} have {width} values a sample, {MANIFEST_FILE} says {dim}; {_REMEDY}")
     chunks = [chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, dim) for chunk in column.chunks if len(chunk)]
     if not chunks:
         return np.empty((0, dim), dtype=np.float16)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -32,11 +32,19 @@ class ResultRow:
     ece: float
     """Expected calibration error, after the temperature."""
     per_class_recall: Sequence[float | None]
+    detail: str = ""
+    """Settings, such as a head's knobs; set small under the description."""
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> ResultRow:
+        """A row of `metrics.json`; what the report does not show is passed over."""
+        known = {item.name: values[item.name] for item in fields(cls) if item.name in values}
+        return cls(**{**known, "interval": tuple(known["interval"])})
 
 
 @dataclass(frozen=True)
 class Gain:
-    """Winner minus stage one's own classifier, balanced accuracy on the same test set."""
+    """Winner minus another row, balanced accuracy on the same test set."""
 
     value: float
     interval: tuple[float, float]
@@ -69,8 +77,12 @@ class ReportInputs:
     winner: str = "winner"
     """Name of the row that the search chose: "after"."""
     gain: Gain | None = None
+    """Over `own`."""
+    gain_over_baseline: Gain | None = None
+    """Over plain cross-entropy of the same budget."""
     select_by: str = "balanced_accuracy"
     audit: Mapping[str, Any] = field(default_factory=dict)
+    """`AuditReport.to_json()` of the packed dataset."""
     test_reads: int = 1
     timings: Mapping[str, float] = field(default_factory=dict)
     """step -> seconds."""
@@ -78,7 +90,7 @@ class ReportInputs:
     hashes: Mapping[str, str] = field(default_factory=dict)
     """what -> SHA-256."""
     examples: Sequence[Sequence[bytes]] = ()
-    """Encoded training images of each class."""
+    """Encoded training images of each class; four of each are shown."""
 
     def row(self, name: str) -> ResultRow:
         """The result row of that name."""
@@ -100,14 +112,14 @@ class Confused:
 Verdict = Literal["gain", "loss", "open"]
 
 
-def verdict(inputs: ReportInputs) -> Verdict:
-    """Whether the winner is better than stage one's own classifier, judged by the paired interval alone.
+def verdict(gain: Gain | None) -> Verdict:
+    """Whether the winner is better than another row, judged by the paired interval alone.
 
     Without a paired interval the answer is open: two separate intervals say little about a difference.
     """
-    if inputs.gain is None:
+    if gain is None:
         return "open"
-    low, high = inputs.gain.interval
+    low, high = gain.interval
     if low > 0:
         return "gain"
     return "loss" if high < 0 else "open"
@@ -123,7 +135,7 @@ def row_shares(confusion: Sequence[Sequence[int]]) -> np.ndarray:
 def most_confused(inputs: ReportInputs, limit: int = 10) -> list[Confused]:
     """Pairs that the winner confuses, largest share of the true class first; ties by number of images."""
     counts = np.asarray(inputs.winner_confusion, dtype=np.int64)
-    shares, before = row_shares(counts), row_shares(inputs.own_confusion)
+    shares, before = row_shares(inputs.winner_confusion), row_shares(inputs.own_confusion)
     totals = counts.sum(axis=1)
     pairs = [
         Confused(
@@ -161,12 +173,20 @@ def thinly_tested(inputs: ReportInputs) -> list[int]:
 
 
 def best_per_family(search: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The best head of each family by its score on val, best family first; failed heads (NaN) are left out."""
+    """The best head of each family by its score on val, best family first; heads without a score are left out.
+
+    Of equal scores the first stands, as in the search itself.
+    """
     best: dict[str, Mapping[str, Any]] = {}
     for row in search:
         if is_number(row["score"]) and (row["family"] not in best or row["score"] > best[row["family"]]["score"]):
             best[row["family"]] = row
     return sorted(best.values(), key=lambda row: -row["score"])
+
+
+def heads_tried(inputs: ReportInputs) -> int:
+    """Heads that the search made; stage one's own classifier stands in its table, but was not made by it."""
+    return sum(row["family"] != inputs.own for row in inputs.search)
 
 
 def is_number(value: Any) -> bool:

@@ -68,7 +68,7 @@ class HeadSpec:
 
     @property
     def sampling_power(self) -> float:
-        """q under which the samples are drawn: cRT's own, natural (1) for the losses that know the prior."""
+        """The q under which samples are drawn: cRT's own, natural (1) for the losses that know the prior."""
         return self.power if self.family == "crt" else 1.0
 
 
@@ -127,7 +127,7 @@ def logit_adjustment(own: Head, class_counts: np.ndarray, tau: float) -> Head:
 
 
 def nearest_class_mean(class_means: Tensor, normalise: bool) -> Head:
-    """Nearest class mean on the raw features (Kang et al. 2020, arXiv:1910.09217, section 4): by Euclidean distance or by cosine.
+    """Nearest class mean on raw features, by Euclidean distance or by cosine (Kang et al. 2020, arXiv:1910.09217).
 
     -||x - mu||^2 = 2 mu.x - ||mu||^2 - ||x||^2, whose last term is the same for all classes; and cos(x, mu) is the
     product of both at unit length. Not standardised: the distances that stage one shaped are kept.
@@ -143,7 +143,7 @@ def nearest_class_mean(class_means: Tensor, normalise: bool) -> Head:
 
 
 def log_prior(class_counts: np.ndarray) -> np.ndarray:
-    """log pi_c of the training counts [C], float64.
+    """Logarithm of the prior, log pi_c, of the training counts [C]; float64.
 
     Raises:
         UserError: A class has no training sample, so that its prior has no logarithm.
@@ -233,4 +233,6 @@ def load_heads(path: str | Path) -> dict[str, Head]:
     try:
         return parse_heads(path.read_bytes())[0]
     except ValueError as error:
-        raise UserError(f"heads {path} cannot be read ({error}); delete the file and run `rarelens stage-two`") from None
+        raise UserError(
+            f"heads {path} cannot be read ({error}); delete the file and run `rarelens stage-two`"
+        ) from None

@@ -1,4 +1,4 @@
-"""The paper that the report is written on: one HTML document, its styles, and the few elements that it is made of.
+"""The report's paper: one HTML document, its styles, and the few elements that it is made of.
 
 Everything that comes from a user goes through `text`; functions that take markup say so.
 """
@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from html import escape
-from typing import Any
+from typing import Any, TypeAlias
+
+DASH, MINUS = "\u2013", "\u2212"
 
 # Okabe-Ito colours, which colour-blind readers tell apart; in the dark the same hues, lighter.
 STYLE = """
@@ -29,7 +32,7 @@ h1{font-size:clamp(1.7rem,5vw,2.5rem);font-weight:600;margin:.3rem 0 1rem;max-wi
 h2{font-size:1.5rem;font-weight:600;margin:0 0 .4rem}
 h3{font-size:1rem;margin:2rem 0 .4rem}
 .eyebrow{color:var(--muted);font-size:.85rem;margin:0;overflow-wrap:anywhere}
-.lead{font-size:1.08rem}.note,figcaption,caption{color:var(--muted);font-size:.88rem;line-height:1.5}
+.lead{font-size:1.08rem}.note,figcaption{color:var(--muted);font-size:.88rem;line-height:1.5}
 section{margin-top:3rem;padding-top:2rem;border-top:1px solid var(--line)}
 nav{margin-top:1.6rem;font-size:.88rem;color:var(--muted);display:flex;flex-wrap:wrap;gap:.15rem 1.1rem}
 nav a{color:inherit;text-decoration:none;padding:.2rem 0}nav a:hover{color:var(--ink);text-decoration:underline}
@@ -37,21 +40,23 @@ nav a{color:inherit;text-decoration:none;padding:.2rem 0}nav a:hover{color:var(-
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,13rem),1fr));gap:1px;margin:1.8rem 0 0;
 background:var(--line);border:1px solid var(--line);border-radius:8px;overflow:hidden}
 .tile{background:var(--paper);padding:1rem 1.1rem}.tile b{display:block;font:600 1.55rem/1.25 var(--serif)}
-.tile b s{text-decoration:none;color:var(--grey);font-weight:400}.tile i{font-style:normal;color:var(--grey);padding:0 .2em}
+.tile b s{text-decoration:none;color:var(--grey);font-weight:400}
+.tile i{font-style:normal;color:var(--grey);padding:0 .2em}
 .tile span{display:block;color:var(--muted);font-size:.85rem;line-height:1.45}
-.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr));gap:2rem 1.6rem;margin:1.4rem 0}
+.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,18rem),1fr));gap:2rem 1.4rem;margin:1.4rem 0}
 .wide{grid-template-columns:repeat(auto-fit,minmax(min(100%,27rem),1fr))}
 figure{margin:0;min-width:0}figure svg{display:block;width:100%;height:auto;overflow:visible}
 figure svg *{stroke-linejoin:round}figcaption{margin-top:.4rem}figcaption b{color:var(--ink);font-weight:600}
 .scroll{overflow-x:auto;margin:1.2rem 0;-webkit-overflow-scrolling:touch}
 table{border-collapse:collapse;width:100%;font-size:.92rem;line-height:1.4}
-caption{text-align:left;caption-side:bottom;padding-top:.6rem}
 th,td{padding:.5rem .7rem;text-align:right;border-bottom:1px solid var(--line);vertical-align:middle;
-font-variant-numeric:tabular-nums}
+font-variant-numeric:tabular-nums}td:not(.l){white-space:nowrap}
 th:first-child,td:first-child{padding-left:.3rem}
-thead th{color:var(--muted);font-weight:500;font-size:.82rem;border-bottom:1.5px solid var(--muted);vertical-align:bottom}
+thead th{color:var(--muted);font-weight:500;font-size:.82rem;
+border-bottom:1.5px solid var(--muted);vertical-align:bottom}
 tbody th{font-weight:500}th.l,td.l{text-align:left}
-tbody th[scope=row]{text-align:left;position:sticky;left:0;background:var(--paper);z-index:1;overflow-wrap:anywhere}
+tbody th[scope=row]{text-align:left;position:sticky;left:0;background:var(--paper);z-index:1;min-width:8rem;
+overflow-wrap:break-word}
 tr.chosen>*{background:var(--soft)}tr.chosen th[scope=row]{background:var(--soft);font-weight:650}
 small{display:block;color:var(--muted);font-weight:400;font-size:.82rem}
 td strong{font-weight:700}
@@ -63,10 +68,12 @@ background:linear-gradient(90deg,var(--line) 1px,transparent 1px) 0 0/25% 100%;b
 .track i{width:.72rem;height:.72rem;margin-left:-.36rem;border-radius:50%;background:var(--blue)}
 .track i.before{background:var(--paper);border:2px solid var(--grey)}.track i.down{background:var(--vermillion)}
 .track u.ci{background:var(--grey);opacity:.7}.track i.other{background:var(--grey)}
+.ends{display:flex;justify-content:space-between;margin:0 .4rem}.space{display:inline-block;min-width:7rem}
 .bar{display:block;height:.6rem;background:var(--sky);border-radius:1px;min-width:1px}
 .up{color:var(--blue)}.down{color:var(--vermillion)}.none{color:var(--muted)}
 .key{display:inline-block;width:.7rem;height:.7rem;border-radius:50%;background:var(--blue);vertical-align:-.06rem}
 .key.before{background:none;border:2px solid var(--grey)}.key.down{background:var(--vermillion)}
+.legend{display:flex;flex-wrap:wrap;gap:.2rem 1.2rem}
 .thumbs{display:flex;gap:.35rem;justify-content:flex-end}
 .thumbs img{width:3.6rem;height:3.6rem;object-fit:cover;border-radius:4px;background:var(--soft)}
 pre{background:var(--soft);border-radius:6px;padding:1rem;overflow-x:auto;font:.8rem/1.5 var(--mono);tab-size:2}
@@ -76,11 +83,13 @@ dl{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:.3rem 1.2rem
 dt{color:var(--muted)}dd{margin:0;overflow-wrap:anywhere}li{margin:.45rem 0;max-width:44rem}ul{padding-left:1.2rem}
 footer{margin-top:3rem;color:var(--muted);font-size:.85rem}
 @media (max-width:40rem){body{padding-top:1.4rem}section{margin-top:2.2rem;padding-top:1.4rem}
-th,td{padding:.45rem .5rem}.track{min-width:7.5rem}dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:.5rem}
-.thumbs img{width:3rem;height:3rem}}
+th,td{padding:.45rem .35rem}.track{min-width:6rem}dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:.5rem}
+.thumbs img{width:2.5rem;height:2.5rem}.thumbs{gap:.2rem}
+.spare{display:none}tbody th[scope=row]{min-width:7rem}}
 @media print{body{max-width:none;padding:0;font-size:10pt}nav{display:none}.scroll{overflow:visible}
 section{margin-top:1.4rem;padding-top:1rem}figure,tr,.tile,.warning{break-inside:avoid}h2,h3{break-after:avoid}
-thead{display:table-header-group}tbody th[scope=row]{position:static}details::details-content{content-visibility:visible}
+thead{display:table-header-group}tbody th[scope=row]{position:static}
+details::details-content{content-visibility:visible}
 pre{white-space:pre-wrap}}
 """
 
@@ -101,10 +110,20 @@ def text(value: Any) -> str:
     return escape(str(value), quote=True)
 
 
-def section(anchor: str, title: str, lead: str, content: str) -> str:
-    """A section under its heading; `lead` and `content` are markup."""
-    opening = f"<p>{lead}</p>" if lead else ""
-    return f'<section id="{anchor}">\n<h2>{text(title)}</h2>\n{opening}\n{content}\n</section>'
+@dataclass(frozen=True)
+class Section:
+    """A part of the page under its own heading."""
+
+    anchor: str
+    link: str
+    """Its short name in the page's navigation."""
+    title: str
+    content: str
+    """Markup."""
+
+    def markup(self) -> str:
+        """The whole section."""
+        return f'<section id="{self.anchor}">\n<h2>{text(self.title)}</h2>\n{self.content}\n</section>'
 
 
 def figure(svg: str, caption: str, max_width_px: int, min_width_px: int = 0) -> str:
@@ -114,30 +133,43 @@ def figure(svg: str, caption: str, max_width_px: int, min_width_px: int = 0) -> 
     return f'<figure style="max-width:{max_width_px}px">{box}<figcaption>{caption}</figcaption></figure>'
 
 
-def table(
-    columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "", chosen: int = -1, left: Sequence[int] = ()
-) -> str:
-    """A table whose first column names the row.
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: `heading` is markup; numbers are set flush right; `spare` ones give way on a phone."""
+
+    heading: str
+    left: bool = False
+    spare: bool = False
+
+    def classes(self) -> str:
+        """The class attribute of its cells."""
+        names = " ".join(name for name, is_so in (("l", self.left), ("spare", self.spare)) if is_so)
+        return f' class="{names}"' if names else ""
+
+
+Columns: TypeAlias = list[Column | str]
+
+
+def table(columns: Columns, rows: Iterable[Sequence[str]], note: str = "", chosen: int = -1) -> str:
+    """A table whose first column names the row and stays in sight when the rest is scrolled.
 
     Args:
-        columns: Headings, markup.
+        columns: A string stands for a plain column of numbers.
         rows: Cells, markup.
-        caption: Markup under the table.
+        note: Markup under the table.
         chosen: Row that stands out.
-        left: Columns set flush left; the others are flush right. The first always is.
     """
-    aligned = [' class="l"' if index in (0, *left) else "" for index in range(len(columns))]
-    head = "".join(f'<th scope="col"{side}>{cell}</th>' for cell, side in zip(columns, aligned, strict=True))
+    styled = [column if isinstance(column, Column) else Column(column) for column in columns]
+    styled[0] = replace(styled[0], left=True)
+    head = "".join(f'<th scope="col"{column.classes()}>{column.heading}</th>' for column in styled)
     lines = []
     for number, (name, *cells) in enumerate(rows):
         mark = ' class="chosen"' if number == chosen else ""
-        rest = "".join(f"<td{side}>{cell}</td>" for cell, side in zip(cells, aligned[1:], strict=True))
+        rest = "".join(f"<td{column.classes()}>{cell}</td>" for cell, column in zip(cells, styled[1:], strict=True))
         lines.append(f'<tr{mark}><th scope="row">{name}</th>{rest}</tr>')
-    note = f"<caption>{caption}</caption>" if caption else ""
     body = "\n".join(lines)
-    return (
-        f'<div class="scroll" tabindex="0"><table>{note}<thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
-    )
+    inner = f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
+    return f'<div class="scroll" tabindex="0">{inner}</div>' + (f'\n<p class="note">{note}</p>' if note else "")
 
 
 def definitions(items: Iterable[tuple[str, str]]) -> str:
@@ -147,13 +179,18 @@ def definitions(items: Iterable[tuple[str, str]]) -> str:
 
 def percent(share: float | None, digits: int = 1) -> str:
     """0.7381 -> `73.8`; a dash where there is none. The unit stands in the heading or in the sentence."""
-    return "–" if share is None or not math.isfinite(share) else f"{100 * share:.{digits}f}"
+    return DASH if share is None or not math.isfinite(share) else f"{100 * share:.{digits}f}"
+
+
+def span(interval: tuple[float, float]) -> str:
+    """`69.8-76.5`, with a dash as long as it should be."""
+    return f"{percent(interval[0])}{DASH}{percent(interval[1])}"
 
 
 def change(before: float | None, after: float | None) -> str:
     """The difference in points, signed and coloured."""
     if before is None or after is None or not (math.isfinite(before) and math.isfinite(after)):
-        return '<span class="none">–</span>'
+        return f'<span class="none">{DASH}</span>'
     points = round(100 * (after - before), 1)
     kind = "up" if points > 0 else "down" if points < 0 else "none"
     return f'<span class="{kind}">{_signed(points)}</span>'
@@ -169,11 +206,11 @@ def move_track(before: float | None, after: float | None) -> str:
     if before is None or after is None or not (math.isfinite(before) and math.isfinite(after)):
         return '<div class="track"></div>'
     low, high = sorted((before, after))
-    down = " down" if after < before else ""
+    down = "down" if after < before else ""
     return (
-        f'<div class="track" aria-hidden="true"><u class="{down.strip()}" style="left:{100 * low:.1f}%;'
+        f'<div class="track" aria-hidden="true"><u class="{down}" style="left:{100 * low:.1f}%;'
         f'width:{100 * (high - low):.1f}%"></u><i class="before" style="left:{100 * before:.1f}%"></i>'
-        f'<i class="after{down}" style="left:{100 * after:.1f}%"></i></div>'
+        f'<i class="{down}" style="left:{100 * after:.1f}%"></i></div>'
     )
 
 
@@ -188,6 +225,16 @@ def interval_track(value: float, interval: tuple[float, float], scale: tuple[flo
     )
 
 
+def scale_ends(low: float, high: float) -> str:
+    """The heading over a column of tracks: where their scale begins and ends, in percent."""
+    return f'<span class="ends"><span>{percent(low, 0)}</span><span>{percent(high, 0)}</span></span>'
+
+
+def legend(items: Iterable[str]) -> str:
+    """Entries (markup) of a legend, set in a line that wraps."""
+    return f'<p class="legend">{"".join(f"<span>{item}</span>" for item in items)}</p>'
+
+
 def duration(seconds: float) -> str:
     """`4 s`, `3 min 20 s`, `2 h 05 min`."""
     whole = round(seconds)
@@ -198,4 +245,4 @@ def duration(seconds: float) -> str:
 
 
 def _signed(points: float) -> str:
-    return f"{points:+.1f}".replace("-", "−") if points else "0.0"
+    return f"{points:+.1f}".replace("-", MINUS) if points else "0.0"

@@ -34,7 +34,7 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
 def pool_logsumexp(
     anchors: Tensor, pool: Tensor, temperature: float, first: int, block_bytes: int | None = None
 ) -> Tensor:
-    """log sum_{a != i} exp(z_i . z_a / T) for each anchor i, with gradient to anchors and pool.
+    """Log-sum-exp of z_i . z_a / T over the pool rows a != i of each anchor i, with gradient to anchors and pool.
 
     Args:
         anchors: [B, D].
@@ -54,8 +54,8 @@ def positive_similarity(
 ) -> tuple[Tensor, Tensor]:
     """Sum of z_i . z_p over the other pool rows p of anchor i's class, with gradient to anchors and pool.
 
-    The sum over an anchor's positives is the product with its class's sum over the pool, less its own row: C * D numbers
-    stand for the [B, N] mask.
+    The sum over an anchor's positives is the product with its class's sum over the pool, less its own row: C * D
+    numbers stand for the [B, N] mask.
 
     Args:
         anchors: [B, D].
@@ -98,7 +98,9 @@ def hardest_rows(
     # origin, but that difference loses digits far away from it, so the origin is put into the middle of the pool.
     centre = pool.mean(0, dtype=dtype)
     doubled = (anchors.to(dtype) - centre).mul_(-2)
-    largest, smallest = (torch.full((num_anchors,), x, dtype=dtype, device=pool.device) for x in (-torch.inf, torch.inf))
+    largest = torch.full((num_anchors,), -torch.inf, dtype=dtype, device=pool.device)
+    smallest = -largest
+    inf = torch.tensor(torch.inf, dtype=dtype, device=pool.device)
     positive, negative = (torch.full((num_anchors,), -1, device=pool.device) for _ in range(2))
     width = _block_rows(num_anchors, pool, dtype, block_bytes)
     masked = torch.empty(num_anchors * width, dtype=dtype, device=pool.device)
@@ -108,18 +110,20 @@ def hardest_rows(
         same = anchor_labels[:, None] == pool_labels[None, rows]
         out = masked[: distance.numel()].view_as(distance)
         # The own column takes part in neither: -inf is never larger, and among the negatives it is masked as its class.
-        found = torch.where(same, distance, -torch.inf, out=out).max(1)
-        _keep(found.values > largest, found, start, largest, positive)
-        found = torch.where(same, torch.inf, distance, out=out).min(1)
-        _keep(found.values < smallest, found, start, smallest, negative)
+        values, columns = torch.where(same, distance, -inf, out=out).max(1)
+        # `not <=` instead of `>`: a NaN is taken, so that it reaches the loss and is not mistaken for a masked anchor.
+        _keep(~(values <= largest), values, columns + start, largest, positive)
+        values, columns = torch.where(same, inf, distance, out=out).min(1)
+        _keep(~(values >= smallest), values, columns + start, smallest, negative)
     return positive, negative
 
 
 class _PoolLogSumExp(torch.autograd.Function):
-    """See `pool_logsumexp`. With s_ia = z_i . z_a / T and w_ia = exp(s_ia - log_sum_i), zero for a = i:
+    """See `pool_logsumexp`.
 
-    d log_sum_i / d z_i = sum_a w_ia z_a / T,  d log_sum_i / d z_a = w_ia z_i / T.
-    """  # noqa: D415
+    With s_ia = z_i . z_a / T and w_ia = exp(s_ia - log_sum_i), zero for a = i:
+    d log_sum_i / d z_i = sum_a w_ia z_a / T and d log_sum_i / d z_a = w_ia z_i / T.
+    """
 
     @staticmethod
     def forward(
@@ -154,7 +158,7 @@ class _PoolLogSumExp(torch.autograd.Function):
         dtype = log_sum.dtype
         scaled = anchors.to(dtype) / temperature
         # grad_i * w_ia = (grad_i * exp(-log_sum_i)) * exp(s_ia): where exp needs no shift, the bracket moves out of the
-        # products and a block is touched by one pass (exp) and two products. Else exp(s_ia - log_sum_i) is made in place.
+        # products and a block is touched by one pass (exp) and two products. Else the block becomes w_ia in place.
         weight = grad * torch.exp(-log_sum) if bounded else grad
         weight = torch.where(log_sum.isneginf(), torch.zeros_like(weight), weight)[:, None]
         shift = None if bounded else _finite(log_sum)[:, None]
@@ -252,7 +256,7 @@ def _finite(x: Tensor) -> Tensor:
     return torch.where(x.isneginf(), torch.zeros_like(x), x)
 
 
-def _keep(better: Tensor, found: Any, start: int, values: Tensor, rows: Tensor) -> None:
-    """Take a block's (values, indices) where they beat the ones so far, in place."""
-    torch.where(better, found.values, values, out=values)
-    torch.where(better, found.indices + start, rows, out=rows)
+def _keep(better: Tensor, values: Tensor, rows: Tensor, best_values: Tensor, best_rows: Tensor) -> None:
+    """Take a block's results where they beat the ones so far, in place."""
+    torch.where(better, values, best_values, out=best_values)
+    torch.where(better, rows, best_rows, out=best_rows)

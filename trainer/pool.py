@@ -44,8 +44,8 @@ def global_mean(loss: LossSum, group: dist.ProcessGroup | None = None) -> Tensor
     """The scalar which this rank gives to backward: its average over ranks is the mean over all ranks' valid anchors.
 
     Derivation. Let S_r be rank r's sum, n the number of valid anchors of all ranks, L_r what rank r gives to backward
-    and e_r its embeddings, functions of the parameters t. `gather_pool` hands to e_r the sum of all ranks' gradients, so
-    rank r's parameter gradient is
+    and e_r its embeddings, functions of the parameters t. `gather_pool` hands to e_r the sum of all ranks' gradients,
+    so rank r's parameter gradient is
 
         g_r = (d e_r / d t)^T sum_s d L_s / d e_r,   and   sum_r g_r = d (sum_s L_s) / d t.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,10 @@ def train_stage_one(config: TrainerConfig, dataset: Dataset, run: RunFolder, nam
     steps = config.stage_one.epochs * max(1, len(dataset.index("train")) // config.stage_one.batch_size)
     from torch.utils.tensorboard import SummaryWriter
 
-    with progress_bar(name.replace("_", " "), steps) as bar, SummaryWriter(str(run.path(f"tensorboard/{name}"))) as events:
+    with (
+        progress_bar(name.replace("_", " "), steps) as bar,
+        SummaryWriter(str(run.path(f"tensorboard/{name}"))) as events,
+    ):
 
         def on_message(line: dict[str, Any]) -> None:
             run.log({"stage": name, **line})
@@ -64,7 +68,9 @@ def train_stage_one(config: TrainerConfig, dataset: Dataset, run: RunFolder, nam
                 if isinstance(value, float):
                     events.add_scalar(f"{line['kind']}/{key}", value, line["step"])
             if line["kind"] == "step":
-                bar.update(line["step"], f"epoch {line['epoch']} loss {line['loss']:.3f} {line['images_per_s']:.0f} images/s")
+                bar.update(
+                    line["step"], f"epoch {line['epoch']} loss {line['loss']:.3f} {line['images_per_s']:.0f} images/s"
+                )
 
         outcome = run_workers(
             _train,
@@ -114,7 +120,9 @@ def objective(
         metric = METRIC_LOSSES[config.loss.name](output.embeddings, labels, pool, config.loss)
         terms["metric_loss"] = metric
         loss = loss + config.loss.weight * global_mean(metric)
-    sums = {key: torch.stack([t.total.detach().float(), t.total.new_tensor(t.count).float()]) for key, t in terms.items()}
+    sums = {
+        key: torch.stack([t.total.detach().float(), t.total.new_tensor(t.count).float()]) for key, t in terms.items()
+    }
     return loss, sums
 
 
@@ -201,7 +209,10 @@ def average_batch_norm(model: nn.Module) -> None:
     After it all ranks hold the same model, so that it does not matter whose buffers a checkpoint keeps.
     """
     buffers = [
-        b for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for b in (m.running_mean, m.running_var)
+        b
+        for m in model.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm)
+        for b in (m.running_mean, m.running_var)
     ]
     if not buffers or dist.get_world_size() == 1:
         return
@@ -209,7 +220,7 @@ def average_batch_norm(model: nn.Module) -> None:
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
     for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):  # type: ignore[union-attr]
-        buffer.copy_(mean.view_as(buffer))  # type: ignore[union-attr, arg-type]
+        buffer.copy_(mean.view_as(buffer))  # type: ignore[union-attr]
 
 
 @torch.inference_mode()
@@ -242,16 +253,20 @@ def validate(
 def _save(
     worker: Worker, engine: Engine, loader: TrainLoader, config: TrainerConfig, metrics: dict[str, float]
 ) -> None:
-    """Each rank writes its share; rank 0 adds weights, state and, last, the manifest of all ranks' files."""
+    """Each rank writes its share and, last, its manifest; rank 0 adds weights and state. Every rank takes part."""
+    mark = [uuid.uuid4().hex]  # of this one save: a killed save's files do not pass for those of its repetition
+    dist.broadcast_object_list(mark)
     with tempfile.TemporaryDirectory(prefix="rarelens-checkpoint-") as name:
         folder = Path(name)
         engine.save(folder)
         if worker.rank == 0:
-            weights = {k: v.float().contiguous() if v.is_floating_point() else v for k, v in engine.module.state_dict().items()}
+            weights = {
+                k: v.float().contiguous() if v.is_floating_point() else v for k, v in engine.module.state_dict().items()
+            }
             save_file(weights, folder / WEIGHTS_FILE)
             state = {"metrics": metrics, "loader": loader.state_dict(), "config": config.model_dump(mode="json")}
             (folder / STATE_FILE).write_text(json.dumps(state))
-        write_manifest(folder, worker.rank)
+        write_manifest(folder, worker.rank, worker.world, {"step": metrics["step"], "save": mark[0]})
         worker.report(metrics, folder, f"epoch-{int(metrics['epoch']):04d}")
 
 
@@ -269,7 +284,10 @@ def _restore(worker: Worker, engine: Engine, loader: TrainLoader) -> int:
 def load_classifier(folder: Path, config: TrainerConfig, num_classes: int) -> Classifier:
     """The trained model in a verified checkpoint folder, in float32, for features and evaluation."""
     model = build_model(
-        config.model.model_copy(update={"weights": None}), num_classes, config.data.image_px, config.stage_one.loss.normalise
+        config.model.model_copy(update={"weights": None}),
+        num_classes,
+        config.data.image_px,
+        config.stage_one.loss.normalise,
     )
     model.load_state_dict(load_file(folder / WEIGHTS_FILE))
     return model.eval()

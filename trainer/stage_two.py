@@ -233,17 +233,17 @@ class _ManyHeadSgd:
     """SGD as in torch.optim (momentum, L2 penalty, both on weight and bias) for H heads, gradient by hand."""
 
     def __init__(self, specs: list[HeadSpec], data: TrainingSet, steps_per_epoch: int):
-        heads, classes, like = len(specs), data.num_classes, {"dtype": data.dtype, "device": data.device}
+        heads, classes = len(specs), data.num_classes
         self.data, self.taken = data, 0
-        self.weight = torch.zeros(heads * classes, data.dim, **like)
-        self.bias = torch.zeros(heads * classes, 1, **like)
+        self.weight = torch.zeros(heads * classes, data.dim, dtype=data.dtype, device=data.device)
+        self.bias = self.weight.new_zeros(heads * classes, 1)
         self.weight_velocity, self.bias_velocity = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
         self.peak_lr = np.array([spec.lr for spec in specs])
         self.steps = np.array([spec.epochs * steps_per_epoch for spec in specs])
-        decay = torch.tensor([spec.weight_decay for spec in specs], **like)
+        decay = self.weight.new_tensor([spec.weight_decay for spec in specs])
         self.decay = decay.repeat_interleave(classes)[:, None]
-        aware = torch.tensor([spec.family == "balanced_softmax" for spec in specs], **like)
-        self.offset = aware[:, None, None] * torch.from_numpy(data.log_prior).to(**like)[:, None]
+        prior_aware = self.weight.new_tensor([spec.family == "balanced_softmax" for spec in specs])
+        self.offset = prior_aware[:, None, None] * torch.from_numpy(data.log_prior).to(self.weight)[:, None]
 
     def step(self, x: Tensor, labels: Tensor, active: int) -> None:
         """One step of the first `active` heads on minibatch x [B, D], labels [B]."""
@@ -258,7 +258,7 @@ class _ManyHeadSgd:
 
         cosine = 0.5 * (1 + np.cos(np.pi * self.taken / self.steps[:active]))
         lr = torch.from_numpy(self.peak_lr[:active] * cosine).to(weight).repeat_interleave(classes)[:, None]
-        self.weight_velocity[:rows].addmm_(grad, x, beta=MOMENTUM)  # the momentum's multiplication is part of the product
+        self.weight_velocity[:rows].addmm_(grad, x, beta=MOMENTUM)  # momentum costs no pass over memory of its own
         self.bias_velocity[:rows].mul_(MOMENTUM).add_(grad.sum(dim=1, keepdim=True))
         for value, velocity in ((weight, self.weight_velocity[:rows]), (bias, self.bias_velocity[:rows])):
             velocity.addcmul_(value, self.decay[:rows])
@@ -279,7 +279,7 @@ def _rows_of_class(labels: np.ndarray, num_classes: int) -> list[np.ndarray]:
     if len(sizes) > num_classes or not sizes.all():
         raise UserError(
             f"the training features hold labels 0..{len(sizes) - 1} and class {int(np.argmin(sizes))} "
-            f"{int(sizes.min())} times, for {num_classes} classes; delete the features folder and run `rarelens features`"
+            f"{int(sizes.min())} times, for {num_classes} classes; delete the features and run `rarelens features`"
         )
     return np.split(order, np.cumsum(sizes)[:-1])
 

@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from cluster.run import RunFolder
+from trainer.metrics import TIERS
+
+TABLE_COLUMNS = 110
 
 
 def print_summary(run: RunFolder) -> None:
     """Print `model/metrics.json` as a table, and the paths of the report and of the model."""
-    metrics = run.read_json("model/metrics.json")
+    metrics = run.need_json("model/metrics.json", "rarelens evaluate")
     test = metrics["test"]
-    table = Table(title=f"Test: {test['samples']} images, {test['groups']} groups", title_justify="left")
-    table.add_column("model")
-    for name in ("balanced accuracy", "95 % interval", "macro F1", "worst class", "many / medium / few"):
-        table.add_column(name, justify="right")
+    table = Table(
+        title=f"Test: {test['samples']} images, {test['groups']} groups; balanced accuracy and recalls",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+    )
+    table.add_column("model", no_wrap=True)
+    for name in ("balanced", "95 % interval", "macro F1", "worst", *TIERS):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in metrics["rows"]:
         low, high = row["interval"]
-        shares = " / ".join("-" if row[part] is None else f"{row[part]:.3f}" for part in ("many", "medium", "few"))
         table.add_row(
             row["description"],
             f"{row['balanced_accuracy']:.3f}",
             f"{low:.3f} - {high:.3f}",
             f"{row['macro_f1']:.3f}",
             f"{row['worst_recall']:.3f}",
-            shares,
+            *("-" if row[tier] is None else f"{row[tier]:.3f}" for tier in TIERS),
             style="bold" if row["name"] == "winner" else None,
         )
     console = Console()
+    console.width = max(console.width, TABLE_COLUMNS)  # a file or a job's log has no width; 80 would cut the table
     console.print(table)
     for name, difference in metrics["differences"].items():
         low, high = difference["interval"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cluster.config import Section
 from trainer.config import TrainerConfig
@@ -24,15 +24,31 @@ class SpaceConfig(Section):
 
     power: tuple[float, float] = Field((0.0, 1.0), description="q of cRT's sampling, uniform")
     tau: tuple[float, float] = Field((0.0, 2.0), description="tau-norm and logit adjustment, uniform")
-    lr: tuple[float, float] = Field((1e-3, 1.0), description="SGD on standardised features, log-uniform")
-    weight_decay: tuple[float, float] = Field((1e-6, 1e-2), description="log-uniform")
+    lr: tuple[float, float] = Field(
+        (0.1, 30.0), description="SGD on features standardised to a mean squared length of 1, log-uniform"
+    )
+    weight_decay: tuple[float, float] = Field((1e-6, 1e-2), description="On the same features, log-uniform")
     epochs: tuple[int, int] = Field((5, 30), description="uniform")
+
+    @model_validator(mode="after")
+    def _ranges_make_sense(self) -> SpaceConfig:
+        for name, lowest, highest in (
+            ("power", 0.0, 1.0),
+            ("tau", 0.0, 100.0),
+            ("lr", 1e-9, 1e9),
+            ("weight_decay", 1e-12, 1.0),
+            ("epochs", 1, 10_000),
+        ):
+            low, high = getattr(self, name)
+            if not lowest <= low <= high <= highest:
+                raise ValueError(f"{name} = [{low:g}, {high:g}] must be [low, high] within [{lowest:g}, {highest:g}]")
+        return self
 
 
 class StageTwoConfig(Section):
     """The search over heads. Choices are made on val; test is not touched."""
 
-    families: tuple[HeadFamily, ...] = ALL_FAMILIES
+    families: tuple[HeadFamily, ...] = Field(ALL_FAMILIES, min_length=1)
     heads: int = Field(256, ge=1, description="Head configurations tried in all")
     heads_per_trial: int = Field(32, ge=1, description="Heads trained together in one Ray Tune trial")
     batch_size: int = Field(256, ge=1, description="Features a step")

@@ -46,5 +46,5 @@ def _distance(left: Tensor, right: Tensor) -> Tensor:
     """
     dtype = accumulation_dtype(left)
     squared = (left.to(dtype) - right.to(dtype)).square().sum(1)
-    apart = squared > 0
+    apart = squared != 0  # true for NaN, which stays visible
     return torch.where(apart, torch.where(apart, squared, torch.ones_like(squared)).sqrt(), torch.zeros_like(squared))

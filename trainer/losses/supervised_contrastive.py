@@ -5,7 +5,6 @@ Khosla et al., Supervised Contrastive Learning, NeurIPS 2020 (arXiv 2004.11362),
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from trainer.losses.base import LossSum, Pool, sum_valid
@@ -31,5 +30,5 @@ def supervised_contrastive(anchors: Tensor, anchor_labels: Tensor, pool: Pool, t
     """
     log_sum = pool_logsumexp(anchors, pool.embeddings, temperature, pool.first)
     similarity, num_positives = positive_similarity(anchors, anchor_labels, pool.embeddings, pool.labels, pool.first)
-    losses = log_sum - similarity / (temperature * num_positives.clamp(min=1))
+    losses = log_sum - similarity / num_positives.clamp(min=1) / temperature
     return sum_valid(losses, num_positives > 0, anchor_labels)

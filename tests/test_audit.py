@@ -1,0 +1,114 @@
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from cluster.errors import UserError
+from data_pipeline.audit import audit
+from data_pipeline.config import DataConfig, SourceConfig, SplitConfig
+from data_pipeline.pack import pack
+from tests.raw import pattern, save, table_source, write_csv
+
+
+def text(report):
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))
+    console.print(report.to_table())
+    return console.export_text()
+
+
+def test_what_pack_made_has_no_leak(tmp_path):
+    source = table_source(tmp_path / "raw", {"a": 20, "b": 12, "c": 8})
+    dataset = pack(source, DataConfig(), str(tmp_path / "packed"), seed=0, progress=False)
+    report = audit(str(tmp_path / "packed"))
+    assert not report.leaks and report.conflicts == 0 and report.unreadable == ()
+    counts = {entry.name: entry.samples for entry in report.classes}
+    for label, name in enumerate(dataset.classes):
+        assert counts[name] == {split: dataset.class_counts(split)[label] for split in ("train", "val", "test")}
+        assert report.classes[label].groups["train"] == len(
+            set(dataset.index("train").group[dataset.index("train").label == label])
+        )
+    assert json.loads(json.dumps(report.to_json()))["leaks"] is False
+    assert "0 samples with a near-duplicate of another class" in text(report)
+
+
+def test_damaged_images_of_a_packed_dataset_are_listed(tmp_path):
+    source = table_source(tmp_path / "raw", {"a": 20, "b": 12})
+    (tmp_path / "raw" / "images" / "img_0003.jpg").write_bytes(b"")
+    pack(source, DataConfig(max_damaged=1), str(tmp_path / "packed"), seed=0, progress=False)
+    assert audit(str(tmp_path / "packed")).unreadable == (("images/img_0003.jpg", "the file is empty"),)
+
+
+def test_near_duplicates_across_splits_are_found_when_they_were_not_joined(tmp_path):
+    source = table_source(tmp_path / "raw", {"a": 30, "b": 30}, per_group=1)
+    for i in range(30):  # of every picture of a, one of b that is almost the same
+        copy = pattern(i).resize((36, 36))
+        save(tmp_path / "raw" / "images" / f"img_{30 + i:04d}.jpg", copy, quality=85)
+    packed = DataConfig(split=SplitConfig(near_duplicate_bits=-1))
+    dataset = pack(source, packed, str(tmp_path / "packed"), seed=0, progress=False)
+    report = audit(str(tmp_path / "packed"))
+    train, test = dataset.index("train"), dataset.index("test")
+    near = np.bitwise_count(test.phash[:, None] ^ train.phash[None]).min(axis=1) <= 2
+    assert report.leaks and near.sum() > 0
+    for label, entry in enumerate(report.classes):
+        assert entry.leaked["test"] == entry.shared_duplicates["test"] == near[test.label == label].sum()
+        assert entry.shared_groups == {"val": 0, "test": 0}
+    everything = [dataset.index(split) for split in ("train", "val", "test")]
+    phash = np.concatenate([index.phash for index in everything])
+    label = np.concatenate([index.label for index in everything])
+    contradicted = (np.bitwise_count(phash[:, None] ^ phash[None]) <= 2) & (label[:, None] != label[None])
+    assert report.conflicts == contradicted.any(axis=1).sum() > 40
+    for key_a, label_a, key_b, label_b in report.first_conflicts:
+        assert {label_a, label_b} == {"a", "b"} and abs(int(key_a[-4:]) - int(key_b[-4:])) == 30
+    assert not audit(str(tmp_path / "packed"), near_duplicate_bits=-1).leaks
+
+
+def two_lists(tmp_path):
+    """A train.csv and a test.csv over one folder: p2 is in both, and t3 shows t0's picture."""
+    for i in range(8):
+        save(tmp_path / "images" / f"t{i}.png", pattern(0 if i == 6 else i))
+    columns = ["file", "dx", "patient"]
+    write_csv(tmp_path / "train.csv", columns, [(f"t{i}.png", "ab"[i % 2], f"p{i}") for i in range(4)])
+    rows = [("t4.png", "a", "p4"), ("t5.png", "b", "p1"), ("t6.png", "a", "p6"), ("t7.png", "b", "p7")]
+    write_csv(tmp_path / "test.csv", columns, rows)
+    return SourceConfig(image_column="file", label_column="dx", group_column="patient")
+
+
+def test_two_lists_share_a_patient_and_a_picture(tmp_path):
+    columns = two_lists(tmp_path)
+    report = audit(str(tmp_path / "train.csv"), str(tmp_path / "test.csv"), columns, progress=False)
+    found = {entry.name: entry for entry in report.classes}
+    assert report.leaks and report.splits == ("train", "test")
+    assert found["a"].samples == {"train": 2, "test": 2} and found["b"].groups == {"train": 2, "test": 2}
+    assert found["a"].shared_duplicates == {"test": 1} and found["a"].shared_groups == {"test": 0}
+    assert found["b"].shared_groups == {"test": 1} and found["b"].leaked == {"test": 1}
+    assert "50.0%" in text(report)
+    by_image = columns.model_copy(update={"group_column": None})
+    report = audit(str(tmp_path / "train.csv"), str(tmp_path / "test.csv"), by_image, near_duplicate_bits=-1, progress=False)
+    assert not report.leaks
+
+
+def test_two_class_folders_with_equal_names_and_an_unreadable_file(tmp_path):
+    for part, first in (("Training", 0), ("Testing", 100)):
+        for i in range(4):
+            save(tmp_path / part / "ab"[i % 2] / f"{i}.jpg", pattern(first + i))
+    (tmp_path / "Testing" / "a" / "2.jpg").write_bytes(b"no jpeg")
+    report = audit(str(tmp_path / "Training"), str(tmp_path / "Testing"), progress=False)
+    assert not report.leaks
+    assert report.unreadable == ((str(tmp_path / "Testing" / "a" / "2.jpg"), "no image format that is known"),)
+
+
+def test_two_packed_datasets(tmp_path):
+    for name, seed in (("one", 0), ("two", 1)):
+        source = table_source(tmp_path / "raw", {"a": 12, "b": 12})
+        pack(source, DataConfig(), str(tmp_path / name), seed, progress=False)
+    report = audit(str(tmp_path / "one"), str(tmp_path / "two"))
+    assert all(entry.leaked == {"test": 12} and entry.shared_groups == {"test": 12} for entry in report.classes)
+
+
+def test_a_path_that_is_nothing(tmp_path):
+    with pytest.raises(UserError) as error:
+        audit(str(tmp_path / "train.csv"), str(tmp_path / "test.csv"))
+    assert f"{tmp_path}/train.csv: there is no such packed dataset, CSV or folder; give the path of one" in str(error.value)
+    with pytest.raises(UserError, match="no packed dataset at .*/x: it holds no dataset.json"):
+        audit(str(tmp_path / "x"))

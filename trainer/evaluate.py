@@ -1,0 +1,226 @@
+"""The one reading of test: figures of every row of the result table, the model folder, the predictions.
+
+Everything was chosen on val before. Each reading is counted in `test_reads.json`, and the report tells a second one.
+
+Shapes: N test samples, C classes, F features.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cluster.checkpoint import sha256_of
+from cluster.run import RunFolder
+from data_pipeline.dataset import Dataset
+from trainer import metrics
+from trainer.config import TrainerConfig
+from trainer.export import ModelDescription, save_model
+from trainer.extraction import extract_features, fetch_checkpoint
+from trainer.features import Features, read_features
+from trainer.heads import Head, fit_temperature, load_heads
+from trainer.stage_one import WEIGHTS_FILE, load_classifier
+
+MODEL_FOLDER = "model"
+METRICS_FILE = f"{MODEL_FOLDER}/metrics.json"
+PREDICTIONS_FILE = f"{MODEL_FOLDER}/predictions.parquet"
+READS_FILE = "test_reads.json"
+DESCRIPTIONS = {
+    "baseline": "plain cross-entropy",
+    "own": "stage one, its own classifier",
+    "crt": "cRT",
+    "balanced_softmax": "balanced softmax",
+    "logit_adjustment": "logit adjustment",
+    "tau_norm": "tau-norm",
+    "nearest_class_mean": "nearest class mean",
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One row of the result table before its figures: a head, and the features that it works on."""
+
+    name: str
+    description: str
+    head: Head
+    val: Features
+    test: Features
+
+
+def evaluate(config: TrainerConfig, dataset: Dataset, run: RunFolder) -> dict[str, Any]:
+    """Read test once, and leave `model/` with weights, description, predictions and, written last, `metrics.json`.
+
+    Args:
+        config: The configuration.
+        dataset: The packed dataset.
+        run: The run folder, with stage one's checkpoint, its features and the heads of stage two.
+
+    Returns:
+        What `metrics.json` holds: `test` (samples, groups, reads), `rows` (the table), `confusion` [C, C] of `own` and
+        `winner`, `differences` of balanced accuracy with paired 95 % intervals, `temperature`.
+    """
+    done = run.read_json(METRICS_FILE)
+    if done is not None:
+        return done
+    chosen = run.need_json("stage_two/winner.json", "rarelens stage-two")
+    heads = load_heads(run.fetch("stage_two") / "heads.safetensors")
+    reads = (run.read_json(READS_FILE) or 0) + 1
+    run.write_json(READS_FILE, reads)
+    candidates = _candidates(config, dataset, run, heads, chosen["winner"])
+
+    test = candidates[0].test
+    tiers = metrics.class_tiers(
+        dataset.class_counts("train"), config.evaluation.many_above, config.evaluation.few_below
+    )
+    logits = {c.name: c.head.logits(_float32(c.test)) for c in candidates}
+    temperatures = {c.name: fit_temperature(c.head.logits(_float32(c.val)), _labels(c.val)) for c in candidates}
+    predicted = {name: values.argmax(1).numpy() for name, values in logits.items()}
+    rows = [
+        _row(config, c, predicted[c.name], _probabilities(logits[c.name], temperatures[c.name]), tiers)
+        for c in candidates
+    ]
+    result = {
+        "test": {"samples": len(test), "groups": len(np.unique(test.groups)), "reads": reads},
+        "rows": rows,
+        "confusion": {
+            name: metrics.confusion(test.labels, predicted[name], len(tiers)).tolist() for name in ("own", "winner")
+        },
+        "differences": _differences(config, test, predicted),
+        "temperature": temperatures["winner"],
+    }
+    probabilities = _probabilities(logits["winner"], temperatures["winner"])
+    _write_predictions(run.path(PREDICTIONS_FILE), test, dataset.classes, probabilities)
+    _write_model(config, dataset, run, heads[chosen["winner"]], temperatures["winner"])
+    run.publish(MODEL_FOLDER)
+    run.write_json(METRICS_FILE, result)
+    return result
+
+
+def _candidates(
+    config: TrainerConfig, dataset: Dataset, run: RunFolder, heads: dict[str, Head], winner: str
+) -> list[Candidate]:
+    """The rows of the table, in order: the baseline, stage one's own classifier, a head of each family, the winner."""
+    candidates = []
+    if config.evaluation.baseline:
+        val, test = _val_and_test(config, dataset, run, "baseline")
+        head = own_head(
+            fetch_checkpoint(run, run.need_json("baseline/result.json", "rarelens stage-one")["checkpoint"]),
+            config,
+            dataset,
+        )
+        candidates.append(Candidate("baseline", DESCRIPTIONS["baseline"], head, val, test))
+    val, test = _val_and_test(config, dataset, run, "stage_one")
+    # The table's order is the order of DESCRIPTIONS, whatever the order in the file.
+    ordered = sorted(heads, key=list(DESCRIPTIONS).index)
+    candidates += [Candidate(name, DESCRIPTIONS[name], heads[name], val, test) for name in ordered]
+    candidates.append(Candidate("winner", f"winner: {DESCRIPTIONS[winner]}", heads[winner], val, test))
+    return candidates
+
+
+def own_head(checkpoint: Path, config: TrainerConfig, dataset: Dataset) -> Head:
+    """The classifier that a training learnt by itself, as a head on its raw features."""
+    classifier = load_classifier(checkpoint, config, len(dataset.classes)).classifier
+    return Head(classifier.weight.detach().clone(), classifier.bias.detach().clone())
+
+
+def _val_and_test(config: TrainerConfig, dataset: Dataset, run: RunFolder, name: str) -> tuple[Features, Features]:
+    if name == "baseline":
+        folder = extract_features(config, dataset, run, name, ("val", "test"), f"features/{name}")
+        return read_features(folder, "val"), read_features(folder, "test")
+    folder = extract_features(config, dataset, run, name, ("test",), f"features/{name}_test")
+    return read_features(run.fetch(f"features/{name}"), "val"), read_features(folder, "test")
+
+
+def _row(
+    config: TrainerConfig, candidate: Candidate, predicted: np.ndarray, probabilities: np.ndarray, tiers: np.ndarray
+) -> dict[str, Any]:
+    """A row of the table; NaN (a class or tier without test images) becomes None."""
+    labels, groups = candidate.test.labels, candidate.test.groups
+    samples, seed = config.evaluation.bootstrap_samples, config.seed
+    return {
+        "name": candidate.name,
+        "description": candidate.description,
+        "balanced_accuracy": metrics.balanced_accuracy(labels, predicted, len(tiers)),
+        "interval": metrics.bootstrap_interval("balanced_accuracy", labels, predicted, groups, samples, seed),
+        "macro_f1": metrics.macro_f1(labels, predicted, len(tiers)),
+        "worst_recall": metrics.worst_recall(labels, predicted, len(tiers)),
+        "accuracy": metrics.accuracy(labels, predicted, len(tiers)),
+        **{tier: _or_none(recall) for tier, recall in metrics.group_recall(labels, predicted, tiers).items()},
+        "ece": metrics.expected_calibration_error(probabilities, labels),
+        "per_class_recall": [_or_none(r) for r in metrics.per_class_recall(labels, predicted, len(tiers))],
+    }
+
+
+def _differences(config: TrainerConfig, test: Features, predicted: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Balanced accuracy of the winner less that of what it has to beat, with paired 95 % intervals."""
+    differences = {}
+    num_classes = 1 + int(max(test.labels.max(), *(p.max() for p in predicted.values())))
+    for other in ("baseline", "own"):
+        if other not in predicted:
+            continue
+        value = metrics.balanced_accuracy(test.labels, predicted["winner"], num_classes)
+        value -= metrics.balanced_accuracy(test.labels, predicted[other], num_classes)
+        interval = metrics.bootstrap_difference(
+            "balanced_accuracy",
+            test.labels,
+            predicted["winner"],
+            predicted[other],
+            test.groups,
+            config.evaluation.bootstrap_samples,
+            config.seed,
+        )
+        differences[f"winner - {DESCRIPTIONS[other]}"] = {"value": value, "interval": interval}
+    return differences
+
+
+def _write_predictions(path: Path, test: Features, classes: tuple[str, ...], probabilities: np.ndarray) -> None:
+    """`image, label, predicted, p_CLASS ...`, so that anyone can score the model again."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns: dict[str, Any] = {"image": test.keys, "label": [classes[i] for i in test.labels]}
+    columns["predicted"] = [classes[i] for i in probabilities.argmax(1)]
+    columns |= {f"p_{name}": probabilities[:, i] for i, name in enumerate(classes)}
+    pq.write_table(pa.table(columns), path)
+
+
+def _write_model(config: TrainerConfig, dataset: Dataset, run: RunFolder, head: Head, temperature: float) -> None:
+    checkpoint = fetch_checkpoint(run, run.need_json("stage_one/result.json", "rarelens stage-one")["checkpoint"])
+    description = ModelDescription(
+        model=config.model,
+        classes=dataset.classes,
+        image_px=config.data.image_px,
+        resize_ratio=config.data.resize_ratio,
+        mean=dataset.mean,
+        std=dataset.std,
+        temperature=temperature,
+        provenance={
+            "run": Path(run.uri).name,
+            "dataset": {"name": dataset.name, "fingerprint": dataset.fingerprint},
+            "checkpoint_sha256": sha256_of(checkpoint / WEIGHTS_FILE),
+            "config": config.model_dump(mode="json"),
+        },
+    )
+    save_model(run.path(MODEL_FOLDER), load_classifier(checkpoint, config, len(dataset.classes)), head, description)
+
+
+def _probabilities(logits: Tensor, temperature: float) -> np.ndarray:
+    return (logits.double() / temperature).softmax(dim=1).float().numpy()
+
+
+def _float32(features: Features) -> Tensor:
+    return torch.from_numpy(features.x.astype(np.float32))
+
+
+def _labels(features: Features) -> Tensor:
+    return torch.from_numpy(features.labels)
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)

@@ -1,0 +1,300 @@
+"""Metrics of imbalanced classification and their uncertainty. numpy only.
+
+Every metric here follows from three counts a class (`ClassCounts`), so that 1,000 resamples of a bootstrap are a few
+array operations. A class that occurs in no label has no recall and is left out of means; so is, in a resample, a class
+that was not drawn.
+
+Shapes: N samples, C classes, G groups, S resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cluster.errors import UserError
+
+Array = np.ndarray[Any, Any]
+TIERS = ("many", "medium", "few")
+RESAMPLE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class ClassCounts:
+    """What the metrics need of labels and predictions; leading axes are resamples.
+
+    Attributes:
+        correct: [..., C], samples of the class that were predicted as it.
+        labelled: [..., C], samples of the class.
+        predicted: [..., C], samples predicted as the class.
+    """
+
+    correct: Array
+    labelled: Array
+    predicted: Array
+
+    def recall(self) -> Array:
+        """[..., C]; NaN for a class without samples."""
+        return _ratio(self.correct, self.labelled, np.nan)
+
+
+CountMetric = Callable[[ClassCounts], Array]
+
+
+def _accuracy(counts: ClassCounts) -> Array:
+    return _ratio(counts.correct.sum(-1), counts.labelled.sum(-1), np.nan)
+
+
+def _balanced_accuracy(counts: ClassCounts) -> Array:
+    return _mean_present(counts.recall())
+
+
+def _worst_recall(counts: ClassCounts) -> Array:
+    recall = counts.recall()
+    worst = np.min(recall, axis=-1, where=~np.isnan(recall), initial=np.inf)
+    return np.where(np.isinf(worst), np.nan, worst)
+
+
+def _macro_f1(counts: ClassCounts) -> Array:
+    return _mean_present(_ratio(2 * counts.correct, counts.labelled + counts.predicted, np.nan))
+
+
+def mean_recall_of(members: Array) -> CountMetric:
+    """Mean recall over some classes as a metric for the bootstrap; NaN where none of them is present.
+
+    Args:
+        members: [C] bool.
+    """
+    return lambda counts: _mean_present(np.where(members, counts.recall(), np.nan))
+
+
+# The headline and its companions; each also a name for `bootstrap_interval`.
+COUNT_METRICS: dict[str, CountMetric] = {
+    "balanced_accuracy": _balanced_accuracy,
+    "macro_f1": _macro_f1,
+    "worst_recall": _worst_recall,
+    "accuracy": _accuracy,
+}
+
+
+def class_counts(labels: Array, predictions: Array, num_classes: int) -> ClassCounts:
+    """Count correct, labelled and predicted samples a class, from labels [N] and predictions [N]."""
+    _check_classes(num_classes, labels=labels, predictions=predictions)
+    hits = labels[labels == predictions]
+    return ClassCounts(*(np.bincount(x, minlength=num_classes) for x in (hits, labels, predictions)))
+
+
+def balanced_accuracy(labels: Array, predictions: Array, num_classes: int) -> float:
+    """Mean recall of the classes that occur in `labels`."""
+    return float(_balanced_accuracy(class_counts(labels, predictions, num_classes)))
+
+
+def macro_f1(labels: Array, predictions: Array, num_classes: int) -> float:
+    """Mean F1 of the classes that occur in labels or predictions (scikit-learn's convention, zero_division = 0)."""
+    return float(_macro_f1(class_counts(labels, predictions, num_classes)))
+
+
+def worst_recall(labels: Array, predictions: Array, num_classes: int) -> float:
+    """Recall of the class that is recognised worst, among those that occur in `labels`."""
+    return float(_worst_recall(class_counts(labels, predictions, num_classes)))
+
+
+def accuracy(labels: Array, predictions: Array, num_classes: int) -> float:
+    """Share of correct predictions; the common classes decide it, so it is never the headline."""
+    return float(_accuracy(class_counts(labels, predictions, num_classes)))
+
+
+METRICS: dict[str, Callable[[Array, Array, int], float]] = {
+    "balanced_accuracy": balanced_accuracy,
+    "macro_f1": macro_f1,
+    "worst_recall": worst_recall,
+    "accuracy": accuracy,
+}
+
+
+def per_class_recall(labels: Array, predictions: Array, num_classes: int) -> Array:
+    """[C]; NaN for a class that does not occur in `labels`."""
+    return class_counts(labels, predictions, num_classes).recall()
+
+
+def per_class_precision(labels: Array, predictions: Array, num_classes: int) -> Array:
+    """[C]; 0 for a class that was never predicted (scikit-learn's zero_division = 0)."""
+    counts = class_counts(labels, predictions, num_classes)
+    return _ratio(counts.correct, counts.predicted, 0.0)
+
+
+def confusion(labels: Array, predictions: Array, num_classes: int) -> Array:
+    """Counts [C, C] int64; row = label, column = prediction."""
+    _check_classes(num_classes, labels=labels, predictions=predictions)
+    cells = np.bincount(labels * num_classes + predictions, minlength=num_classes**2)
+    return cells.reshape(num_classes, num_classes)
+
+
+def class_tiers(train_counts: Array, many_above: int | None = None, few_below: int | None = None) -> Array:
+    """Tell many-, medium- and few-shot classes apart.
+
+    Args:
+        train_counts: [C], training images of each class.
+        many_above: A class with more images is "many".
+        few_below: A class with fewer images is "few". Without both bounds: thirds of the classes sorted by count (equal
+            counts by class number); what does not divide goes to "many", then to "medium".
+
+    Returns:
+        [C] of "many", "medium" and "few".
+
+    Raises:
+        UserError: One bound without the other, or bounds that overlap.
+    """
+    tiers = np.empty(len(train_counts), dtype="U6")
+    if many_above is None and few_below is None:
+        by_count = np.argsort(-np.asarray(train_counts), kind="stable")
+        for tier, classes in zip(TIERS, np.array_split(by_count, len(TIERS)), strict=True):
+            tiers[classes] = tier
+        return tiers
+    if many_above is None or few_below is None or few_below > many_above + 1:
+        raise UserError(
+            f"evaluation.many_above = {many_above} and evaluation.few_below = {few_below} do not part the classes; "
+            "give both, with few_below at most many_above + 1, or neither for thirds of the classes"
+        )
+    tiers[:] = "medium"
+    tiers[np.asarray(train_counts) > many_above] = "many"
+    tiers[np.asarray(train_counts) < few_below] = "few"
+    return tiers
+
+
+def group_recall(labels: Array, predictions: Array, tiers: Array) -> dict[str, float]:
+    """Mean recall of the many-, medium- and few-shot classes.
+
+    Args:
+        labels: [N].
+        predictions: [N].
+        tiers: [C] of `class_tiers`.
+
+    Returns:
+        Tier -> mean recall of its classes that occur in `labels`; NaN for a tier without any.
+    """
+    counts = class_counts(labels, predictions, len(tiers))
+    return {tier: float(mean_recall_of(tiers == tier)(counts)) for tier in TIERS}
+
+
+def expected_calibration_error(probabilities: Array, labels: Array, bins: int = 15) -> float:
+    """Mean gap between confidence and accuracy over equal bins of confidence, weighted by their samples.
+
+    Guo et al., On Calibration of Modern Neural Networks, ICML 2017 (arXiv 1706.04599), eq. 3. Bin m holds the samples
+    whose largest probability is in ((m - 1) / bins, m / bins].
+
+    Args:
+        probabilities: [N, C], rows sum to 1.
+        labels: [N].
+        bins: M of the paper.
+    """
+    confidence = probabilities.max(1).astype(np.float64)
+    correct = probabilities.argmax(1) == labels
+    # Inner edges only: confidence 0 falls into the first bin and a rounded 1.0000001 into the last.
+    which = np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], confidence, side="left")
+    gaps = np.bincount(which, weights=correct - confidence, minlength=bins)
+    return float(np.abs(gaps).sum() / len(labels))
+
+
+def bootstrap_interval(
+    metric: str | CountMetric, labels: Array, predictions: Array, groups: Array, samples: int, seed: int
+) -> tuple[float, float]:
+    """95 % percentile interval of a metric by resampling whole groups with replacement.
+
+    Pictures of one lesion or patient are not independent: drawing them together keeps the interval honest. (Efron and
+    Tibshirani 1993, ch. 13; resampling clusters: Davison and Hinkley 1997, sec. 3.8.) Classes that are absent in a
+    resample are left out of its mean; a resample in which the metric is undefined is left out of the interval.
+
+    Args:
+        metric: A name in `COUNT_METRICS`, or a function of counts such as `mean_recall_of` returns.
+        labels: [N].
+        predictions: [N].
+        groups: [N], anything that numpy can sort; samples of one group are drawn together.
+        samples: S.
+        seed: The same seed gives the same resamples.
+
+    Returns:
+        (low, high), NaN where the metric is undefined in every resample.
+    """
+    return _interval(_bootstrap(metric, labels, [predictions], groups, samples, seed)[0])
+
+
+def bootstrap_difference(
+    metric: str | CountMetric,
+    labels: Array,
+    predictions: Array,
+    baseline: Array,
+    groups: Array,
+    samples: int,
+    seed: int,
+) -> tuple[float, float]:
+    """95 % percentile interval of metric(predictions) - metric(baseline) on the same samples.
+
+    Paired: both are computed on each resample, so that what makes a resample hard for both cancels out. `baseline` [N]
+    are the other model's predictions; the rest is as in `bootstrap_interval`.
+    """
+    ours, theirs = _bootstrap(metric, labels, [predictions, baseline], groups, samples, seed)
+    return _interval(ours - theirs)
+
+
+def _bootstrap(
+    metric: str | CountMetric, labels: Array, predictions: list[Array], groups: Array, samples: int, seed: int
+) -> list[Array]:
+    """The metric of each resample, [S] for each vector of predictions; all see the same resamples."""
+    of_counts = COUNT_METRICS[metric] if isinstance(metric, str) else metric
+    num_classes = 1 + max(int(x.max()) for x in (labels, *predictions))
+    _check_classes(num_classes, labels=labels, **{f"predictions {i}": x for i, x in enumerate(predictions)})
+    names, group_of_sample = np.unique(groups, return_inverse=True)
+    rng = np.random.default_rng(seed)
+    # Chunks bound the memory of the [S, N] weights; the generator's sequence does not depend on them.
+    chunk = max(1, RESAMPLE_BYTES // (8 * max(len(labels), len(names))))
+    values: list[list[Array]] = [[] for _ in predictions]
+    for start in range(0, samples, chunk):
+        size = min(chunk, samples - start)
+        draws = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=size)
+        weights = draws[:, group_of_sample]  # [S, N], how often each sample is in each resample
+        labelled = _sum_by_class(weights, labels, num_classes)
+        for vector, of_vector in zip(predictions, values, strict=True):
+            hits = vector == labels
+            correct = _sum_by_class(weights[:, hits], labels[hits], num_classes)
+            predicted = _sum_by_class(weights, vector, num_classes)
+            of_vector.append(of_counts(ClassCounts(correct, labelled, predicted)))
+    return [np.concatenate(v) for v in values]
+
+
+def _sum_by_class(weights: Array, classes: Array, num_classes: int) -> Array:
+    """[S, N] -> [S, C]: sums over the samples of each class, at a cost that does not depend on C."""
+    sums = np.zeros((len(weights), num_classes), weights.dtype)
+    if len(classes):
+        order = np.argsort(classes, kind="stable")
+        present, starts = np.unique(classes[order], return_index=True)
+        sums[:, present] = np.add.reduceat(weights[:, order], starts, axis=1)
+    return sums
+
+
+def _interval(values: Array) -> tuple[float, float]:
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return float("nan"), float("nan")
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _ratio(numerator: Array, denominator: Array, otherwise: float) -> Array:
+    """Divide, with `otherwise` where the denominator is 0."""
+    out = np.full(np.shape(numerator), otherwise, dtype=np.float64)
+    return np.divide(numerator, denominator, out=out, where=np.asarray(denominator) > 0)
+
+
+def _mean_present(values: Array) -> Array:
+    """Mean over the last axis of what is not NaN; NaN where nothing is."""
+    return _ratio(np.nansum(values, axis=-1), np.sum(~np.isnan(values), axis=-1), np.nan)
+
+
+def _check_classes(num_classes: int, **vectors: Array) -> None:
+    for name, vector in vectors.items():
+        if len(vector) and (vector.min() < 0 or vector.max() >= num_classes):
+            raise ValueError(f"{name}: classes {vector.min()} to {vector.max()} are not all in [0, {num_classes})")

@@ -1,0 +1,151 @@
+"""What a search leaves in the run folder: the table of all heads, the winner and why, the best heads themselves."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import UserError
+from trainer.heads import Head, HeadSpec, load_heads, save_heads
+
+TABLE_FILE = "results.parquet"
+WINNER_FILE = "winner.json"
+HEADS_FILE = "heads.safetensors"
+SCORES = ("balanced_accuracy", "macro_f1", "worst_recall")
+OWN = "own"
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """Outcome of a search over heads; every score is on val.
+
+    Attributes:
+        rows: A row a head, in the order in which they were drawn, stage one's own classifier first: `head`, `family`,
+            the knobs (None where the family has no such knob), `seed`, `trial` (None for `own`), `status` ("done",
+            "diverged" or "failed"), `score` (the metric by which the search chose), all of `SCORES`, `error`. Scores
+            are None unless the head is done.
+        heads: The best head of every family that has one, by family, and `own`.
+        winner: Family of the best head of all.
+        select_by: The metric by which heads are compared.
+    """
+
+    rows: list[Row]
+    heads: dict[str, Head]
+    winner: str
+    select_by: str
+
+    def best_row(self, family: str) -> Row:
+        """The row of a family's best head."""
+        return max((row for row in self.rows if row["family"] == family), key=lambda row: rank(row, self.select_by))
+
+
+def rank(row: Mapping[str, Any], select_by: str) -> tuple[float, ...]:
+    """Sort key of a head, larger is better: its score, then the other scores, then the one that was drawn first.
+
+    Validation sets are small and ties common; without a fixed rule the winner would depend on which trial came first.
+    """
+    if row["status"] != "done":
+        return (-math.inf,)
+    others = (row[name] for name in SCORES if name != select_by)
+    return (row[select_by], *others, -row["head"])
+
+
+def head_row(number: int, spec: HeadSpec, trial: int | None) -> Row:
+    """The row of a head that has not been scored."""
+    knobs = spec.knobs()
+    names = ("power", "tau", "normalise", "lr", "weight_decay", "epochs", "batch_size", "seed")
+    return {
+        "head": number,
+        "family": spec.family,
+        **{name: knobs.get(name) for name in names},
+        "trial": trial,
+        "status": "failed",
+        "score": None,
+        **dict.fromkeys(SCORES),
+        "error": None,
+    }
+
+
+def write_results(folder: str | Path, result: SearchResult) -> None:
+    """Write `results.parquet`, `heads.safetensors` and, last, `winner.json`: where it is, the search is done."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(result.rows, schema=_schema()), folder / TABLE_FILE)
+    (folder / HEADS_FILE).write_bytes(save_heads(result.heads, {"winner": result.winner}))
+    best = result.best_row(result.winner)
+    summary = {
+        "winner": result.winner,
+        "select_by": result.select_by,
+        **{key: value for key, value in best.items() if key not in ("status", "error") and value is not None},
+        "heads": len(result.rows) - 1,
+        "failed": sum(row["status"] == "failed" for row in result.rows),
+        "diverged": sum(row["status"] == "diverged" for row in result.rows),
+        "families": {family: result.best_row(family)["score"] for family in result.heads},
+    }
+    unfinished = folder / f"{WINNER_FILE}.partial"
+    unfinished.write_text(json.dumps(summary, indent=2))
+    unfinished.replace(folder / WINNER_FILE)
+
+
+def read_results(folder: str | Path) -> SearchResult:
+    """What `write_results` wrote.
+
+    Raises:
+        UserError: The search is not finished, or a file of it is missing or damaged.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = Path(folder)
+    if not (folder / WINNER_FILE).is_file():
+        raise UserError(f"search {folder} holds no {WINNER_FILE}, so it is not finished; run `rarelens stage-two`")
+    try:
+        rows = pq.read_table(folder / TABLE_FILE).to_pylist()
+        summary = json.loads((folder / WINNER_FILE).read_text())
+    except (OSError, pa.ArrowInvalid, json.JSONDecodeError) as error:
+        message = " ".join(str(error).split())
+        raise UserError(f"search {folder} cannot be read ({message}); delete it and run `rarelens stage-two`") from None
+    return SearchResult(rows, load_heads(folder / HEADS_FILE), summary["winner"], summary["select_by"])
+
+
+def best_by_family(rows: Iterable[Row], select_by: str) -> dict[str, Row]:
+    """The best scored row of each family; families without a scored head are left out."""
+    best: dict[str, Row] = {}
+    for row in rows:
+        family = row["family"]
+        if row["status"] == "done" and (family not in best or rank(row, select_by) > rank(best[family], select_by)):
+            best[family] = row
+    return best
+
+
+def _schema() -> Any:
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            ("head", pa.int32()),
+            ("family", pa.string()),
+            ("power", pa.float64()),
+            ("tau", pa.float64()),
+            ("normalise", pa.bool_()),
+            ("lr", pa.float64()),
+            ("weight_decay", pa.float64()),
+            ("epochs", pa.int32()),
+            ("batch_size", pa.int32()),
+            ("seed", pa.int64()),
+            ("trial", pa.int32()),
+            ("status", pa.string()),
+            ("score", pa.float64()),
+            *((name, pa.float64()) for name in SCORES),
+            ("error", pa.string()),
+        ]
+    )
