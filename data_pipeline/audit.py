@@ -210,14 +210,16 @@ def _near_duplicates(samples: _Samples, max_bits: int) -> tuple[np.ndarray, int,
         np.logical_or.at(near_train, right, trained[left])
         unlike = (lowest[left] != highest[right]) | (highest[left] != lowest[right])
         torn[pairs[unlike].ravel()] = True
-        for i, j in pairs[unlike][: CONFLICTS_LISTED - len(examples)].tolist():
-            examples.append((i, lowest[i], j, highest[j] if highest[j] != lowest[i] else lowest[j]))
+        for i, j in np.sort(pairs[unlike], axis=1).tolist():
+            example = (i, lowest[i], j, highest[j] if highest[j] != lowest[i] else lowest[j])
+            if len(examples) < CONFLICTS_LISTED and example not in examples:  # a pair may come more than once
+                examples.append(example)
 
-    def example(value: int, of_label: int) -> tuple[str, str]:
+    def sample_of(value: int, of_label: int) -> tuple[str, str]:
         row = np.flatnonzero((which == value) & (label == of_label))[0]
         return samples.key[row], samples.label[row]
 
-    shown = tuple((*example(i, a), *example(j, b)) for i, a, j, b in examples)
+    shown = tuple((*sample_of(i, a), *sample_of(j, b)) for i, a, j, b in examples)
     return near_train[which], int(torn[which].sum()), shown
 
 

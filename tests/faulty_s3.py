@@ -25,6 +25,9 @@ class Proxy(ThreadingHTTPServer):
         self.seen: list[tuple[str, str, str | None]] = []  # method, path, Range
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
+    def handle_error(self, *_: object) -> None:
+        """Cut connections are what this server is for."""
+
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"

@@ -1,3 +1,4 @@
+import io
 import json
 
 import numpy as np
@@ -12,9 +13,9 @@ from tests.raw import pattern, save, table_source, write_csv
 
 
 def text(report):
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))
+    console = Console(width=200, file=io.StringIO())
     console.print(report.to_table())
-    return console.export_text()
+    return console.file.getvalue()
 
 
 def test_what_pack_made_has_no_leak(tmp_path):
@@ -42,8 +43,7 @@ def test_damaged_images_of_a_packed_dataset_are_listed(tmp_path):
 def test_near_duplicates_across_splits_are_found_when_they_were_not_joined(tmp_path):
     source = table_source(tmp_path / "raw", {"a": 30, "b": 30}, per_group=1)
     for i in range(30):  # of every picture of a, one of b that is almost the same
-        copy = pattern(i).resize((36, 36))
-        save(tmp_path / "raw" / "images" / f"img_{30 + i:04d}.jpg", copy, quality=85)
+        save(tmp_path / "raw" / "images" / f"img_{30 + i:04d}.jpg", pattern(i), quality=75)
     packed = DataConfig(split=SplitConfig(near_duplicate_bits=-1))
     dataset = pack(source, packed, str(tmp_path / "packed"), seed=0, progress=False)
     report = audit(str(tmp_path / "packed"))
@@ -57,7 +57,8 @@ def test_near_duplicates_across_splits_are_found_when_they_were_not_joined(tmp_p
     phash = np.concatenate([index.phash for index in everything])
     label = np.concatenate([index.label for index in everything])
     contradicted = (np.bitwise_count(phash[:, None] ^ phash[None]) <= 2) & (label[:, None] != label[None])
-    assert report.conflicts == contradicted.any(axis=1).sum() > 40
+    assert report.conflicts == contradicted.any(axis=1).sum() > 20
+    assert len({frozenset(pair[::2]) for pair in report.first_conflicts}) == len(report.first_conflicts)
     for key_a, label_a, key_b, label_b in report.first_conflicts:
         assert {label_a, label_b} == {"a", "b"} and abs(int(key_a[-4:]) - int(key_b[-4:])) == 30
     assert not audit(str(tmp_path / "packed"), near_duplicate_bits=-1).leaks
@@ -84,7 +85,9 @@ def test_two_lists_share_a_patient_and_a_picture(tmp_path):
     assert found["b"].shared_groups == {"test": 1} and found["b"].leaked == {"test": 1}
     assert "50.0%" in text(report)
     by_image = columns.model_copy(update={"group_column": None})
-    report = audit(str(tmp_path / "train.csv"), str(tmp_path / "test.csv"), by_image, near_duplicate_bits=-1, progress=False)
+    report = audit(
+        str(tmp_path / "train.csv"), str(tmp_path / "test.csv"), by_image, near_duplicate_bits=-1, progress=False
+    )
     assert not report.leaks
 
 
@@ -109,6 +112,8 @@ def test_two_packed_datasets(tmp_path):
 def test_a_path_that_is_nothing(tmp_path):
     with pytest.raises(UserError) as error:
         audit(str(tmp_path / "train.csv"), str(tmp_path / "test.csv"))
-    assert f"{tmp_path}/train.csv: there is no such packed dataset, CSV or folder; give the path of one" in str(error.value)
-    with pytest.raises(UserError, match="no packed dataset at .*/x: it holds no dataset.json"):
+    assert f"{tmp_path}/train.csv: there is no such packed dataset, CSV or folder; give the path of one" in str(
+        error.value
+    )
+    with pytest.raises(UserError, match=r"no packed dataset at .*/x: it holds no dataset.json"):
         audit(str(tmp_path / "x"))

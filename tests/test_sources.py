@@ -45,7 +45,13 @@ def test_keys_that_would_collide_are_told_apart_whatever_else_is_there(tmp_path)
 
 def test_the_image_column_takes_stems_names_and_paths_in_sub_folders(tmp_path):
     names = ["part1/a.jpg", "part2/b.png", "c.jpg", "part2/d.jpg", "part1/e.jpg"]
-    rows = [("a", "x", "p1"), ("b.png", "y", "p1"), ("c", "x", ""), ("part2/d.jpg", "y", "p2"), ("./part1/e", "x", " p2 ")]
+    rows = [
+        ("a", "x", "p1"),
+        ("b.png", "y", "p1"),
+        ("c", "x", ""),
+        ("part2/d.jpg", "y", "p2"),
+        ("./part1/e", "x", " p2 "),
+    ]
     samples = read_source(with_table(tmp_path, names, rows, group_column="group"))
     found = {sample.name: (sample.label, sample.group) for sample in samples}
     assert found == {
@@ -89,13 +95,15 @@ GOOD = [("a", "x", ""), ("b", "y", ""), ("c", "y", "")]
         (
             ABC,
             [*GOOD, *((f"m{i}", "x", "") for i in range(5))],
-            "{table}: 5 rows without an image (m0, m1, m2, ...); add the images below source.path, or take the rows out",
+            "{table}: 5 rows without an image (m0, m1, m2, ...); add the images below source.path, or take "
+            "the rows out",
         ),
         (ABC, [*GOOD, ("", "x", "")], "{table}: 1 row without an image (''); add the images below source.path"),
         (
             [*ABC, "d.jpg", "e.jpg"],
             GOOD,
-            "{table}: 2 images in {root} without a row (d.jpg, e.jpg); add rows for them, or move them out of the folder",
+            "{table}: 2 images in {root} without a row (d.jpg, e.jpg); add rows for them, or move them out "
+            "of the folder",
         ),
         (
             ABC,
@@ -128,7 +136,7 @@ def test_missing_folder(tmp_path):
 
 
 def test_no_path_at_all():
-    with pytest.raises(UserError, match="source.path is not set; give the folder with the images"):
+    with pytest.raises(UserError, match=r"source.path is not set; give the folder with the images"):
         read_source(SourceConfig())
 
 
@@ -160,7 +168,9 @@ def test_missing_column_names_the_nearest(tmp_path):
     assert str(error.value) == (
         f"{tmp_path}/labels.csv has no column 'label' (source.label_column); did you mean 'labels'?"
     )
-    with pytest.raises(UserError, match=re.escape("no column 'lesion' (source.group_column); did you mean 'lesion_id'?")):
+    with pytest.raises(
+        UserError, match=re.escape("no column 'lesion' (source.group_column); did you mean 'lesion_id'?")
+    ):
         read_source(source.model_copy(update={"label_column": "labels", "group_column": "lesion"}))
 
 
