@@ -80,6 +80,9 @@ def pack(
 def audit(
     dataset: Annotated[str, typer.Argument(help="Packed dataset, or the training set of a pair")],
     test: Annotated[str | None, typer.Argument(help="Test set of a pair")] = None,
+    image_column: Annotated[str, typer.Option(help="Column with the image, where a set is a CSV")] = "image",
+    label_column: Annotated[str, typer.Option(help="Column with the class")] = "label",
+    group_column: Annotated[str | None, typer.Option(help="Column with the patient or lesion")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the findings to this file too")] = None,
 ) -> None:
     """Look for leaks between splits: shared groups, near-duplicates, conflicting labels. Exit status 1 on a leak."""
@@ -87,8 +90,10 @@ def audit(
 
     from cluster.progress import console
     from data_pipeline.audit import audit as audit_dataset
+    from data_pipeline.config import SourceConfig
 
-    report = audit_dataset(dataset, test)
+    columns = SourceConfig(image_column=image_column, label_column=label_column, group_column=group_column)
+    report = audit_dataset(dataset, test, columns)
     console.print(report.to_table())
     if json_file:
         json_file.write_text(json.dumps(report.to_json(), indent=2))
@@ -205,9 +210,9 @@ def _stage_one(job: Job) -> None:
 
 
 def _features(job: Job) -> None:
-    from trainer.extraction import extract_features
+    from trainer.extraction import TRAIN_AND_VAL, extract_features
 
-    extract_features(job.config, job.dataset, job.run, "stage_one", ("train", "val"), "features/stage_one")
+    extract_features(job.config, job.dataset, job.run, TRAIN_AND_VAL)
 
 
 def _stage_two(job: Job) -> None:

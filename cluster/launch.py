@@ -7,13 +7,14 @@ business.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import math
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 from cluster.checkpoint import newest_whole
 from cluster.config import ClusterConfig
 from cluster.errors import UserError
-from cluster.storage import to_pyarrow
+from cluster.storage import to_pyarrow, worker_environment
 
 POLL_MESSAGES_EVERY_S = 0.5
 OBJECT_STORE_BYTES = 200 * 2**20  # features and images travel through files; Ray's store only carries messages
@@ -119,12 +120,15 @@ def resolve_workers(cluster: ClusterConfig) -> tuple[int, str]:
     resources = ray.cluster_resources()
     gpus, cores = int(resources.get("GPU", 0)), resources.get("CPU", 1)
     device = cluster.device if cluster.device != "auto" else ("cuda" if gpus else "cpu")
-    if device == "cuda" and not gpus:
+    may_grow = "RAY_ADDRESS" in os.environ  # an autoscaled cluster begins without machines
+    if device == "cuda" and not gpus and not may_grow:
         raise UserError("cluster.device = cuda, but Ray sees no GPU; set cluster.device=cpu or run `rarelens doctor`")
     room = gpus if device == "cuda" else max(1, int(cores / cluster.cpus_per_worker))
     if cluster.workers == "auto":
+        if not room:
+            raise UserError("cluster.workers = auto, but the cluster has no GPU yet; give the number of workers")
         return room, device
-    if cluster.workers > room and "RAY_ADDRESS" not in os.environ:  # a cluster may still grow
+    if cluster.workers > room and not may_grow:
         unit = "GPUs" if device == "cuda" else "cores"
         raise UserError(
             f"cluster.workers = {cluster.workers}, but there are {room} {unit} for them; lower cluster.workers"
@@ -179,6 +183,7 @@ def run_workers(
             "mailbox": mailbox,
             "device": device,
             "working_folder": os.getcwd(),
+            "environment": worker_environment(),
         },
         torch_config=TorchConfig(backend="nccl" if device == "cuda" else "gloo"),
         scaling_config=ray.train.ScalingConfig(
@@ -221,11 +226,13 @@ def _on_worker(config: dict[str, Any]) -> None:
         return
     if os.path.isdir(config["working_folder"]):  # Ray Train moves away from it; relative paths mean the driver's
         os.chdir(config["working_folder"])
+    os.environ.update(config["environment"])
     os.environ["PATH"] = (
         f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # ninja, for DeepSpeed
     )
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
+        _keep_freed_memory()
     context = ray.train.get_context()
     worker = Worker(context.get_world_rank(), context.get_world_size(), device, mailbox)
     try:
@@ -233,6 +240,19 @@ def _on_worker(config: dict[str, Any]) -> None:
     except UserError as error:
         ray.get(mailbox.fail.remote(str(error)))
         raise
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc to keep what is freed instead of giving it back to the kernel.
+
+    Each step frees and takes the same activations again; by default every one of them is mapped and zeroed anew, a third
+    of a CPU step (EfficientNet-Lite0, 64 images of 128 px on one core: 29 images/s without this, 48 with it).
+    """
+    m_trim_threshold, m_mmap_max = -1, -4  # names and numbers of malloc.h
+    with suppress(OSError, AttributeError):  # another C library has no such thing
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def _mailbox_class() -> Any:

@@ -22,7 +22,7 @@ from data_pipeline.dataset import Dataset
 from trainer import metrics
 from trainer.config import TrainerConfig
 from trainer.export import ModelDescription, save_model
-from trainer.extraction import extract_features, fetch_checkpoint
+from trainer.extraction import BASELINE, TEST, TRAIN_AND_VAL, extract_features, fetch_checkpoint
 from trainer.features import Features, read_features
 from trainer.heads import Head, fit_temperature, load_heads
 from trainer.stage_one import WEIGHTS_FILE, load_classifier
@@ -107,15 +107,17 @@ def _candidates(
 ) -> list[Candidate]:
     """The rows of the table, in order: the baseline, stage one's own classifier, a head of each family, the winner."""
     candidates = []
-    if config.evaluation.baseline:
-        val, test = _val_and_test(config, dataset, run, "baseline")
+    wanted = (TRAIN_AND_VAL, TEST, BASELINE) if config.evaluation.baseline else (TRAIN_AND_VAL, TEST)
+    chosen_on, tested_on, *baseline = extract_features(config, dataset, run, *wanted)
+    if baseline:
+        val, test = read_features(baseline[0], "val"), read_features(baseline[0], "test")
         head = own_head(
             fetch_checkpoint(run, run.need_json("baseline/result.json", "rarelens stage-one")["checkpoint"]),
             config,
             dataset,
         )
         candidates.append(Candidate("baseline", DESCRIPTIONS["baseline"], head, val, test))
-    val, test = _val_and_test(config, dataset, run, "stage_one")
+    val, test = read_features(chosen_on, "val"), read_features(tested_on, "test")
     # The table's order is the order of DESCRIPTIONS, whatever the order in the file.
     ordered = sorted(heads, key=list(DESCRIPTIONS).index)
     candidates += [Candidate(name, DESCRIPTIONS[name], heads[name], val, test) for name in ordered]
@@ -127,14 +129,6 @@ def own_head(checkpoint: Path, config: TrainerConfig, dataset: Dataset) -> Head:
     """The classifier that a training learnt by itself, as a head on its raw features."""
     classifier = load_classifier(checkpoint, config, len(dataset.classes)).classifier
     return Head(classifier.weight.detach().clone(), classifier.bias.detach().clone())
-
-
-def _val_and_test(config: TrainerConfig, dataset: Dataset, run: RunFolder, name: str) -> tuple[Features, Features]:
-    if name == "baseline":
-        folder = extract_features(config, dataset, run, name, ("val", "test"), f"features/{name}")
-        return read_features(folder, "val"), read_features(folder, "test")
-    folder = extract_features(config, dataset, run, name, ("test",), f"features/{name}_test")
-    return read_features(run.fetch(f"features/{name}"), "val"), read_features(folder, "test")
 
 
 def _row(

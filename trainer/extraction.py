@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,35 +19,42 @@ from trainer.features import MANIFEST_FILE, extract, read_manifest, write_manife
 from trainer.stage_one import WEIGHTS_FILE, load_classifier
 
 
-def extract_features(
-    config: TrainerConfig, dataset: Dataset, run: RunFolder, name: str, splits: tuple[str, ...], folder: str
-) -> Path:
-    """Features of `splits` by the best checkpoint of training `name`, in FOLDER below the run folder.
+@dataclass(frozen=True)
+class Extraction:
+    """Features that are wanted: of `splits`, by the best checkpoint of training `name`, in `folder` of the run."""
 
-    Features that are there and were made by this checkpoint are kept.
+    name: str
+    splits: tuple[str, ...]
+    folder: str
+
+
+TRAIN_AND_VAL = Extraction("stage_one", ("train", "val"), "features/stage_one")
+TEST = Extraction("stage_one", ("test",), "features/stage_one_test")
+BASELINE = Extraction("baseline", ("val", "test"), "features/baseline")
+
+
+def extract_features(config: TrainerConfig, dataset: Dataset, run: RunFolder, *wanted: Extraction) -> list[Path]:
+    """Features of whole splits, by all workers in one go; what is there and of the right checkpoint is kept.
 
     Args:
         config: The configuration.
         dataset: The packed dataset.
         run: The run folder; `NAME/result.json` names the checkpoint.
-        name: `stage_one` or `baseline`.
-        splits: Of train, val, test.
-        folder: Where the features go, below the run folder.
+        wanted: What is extracted.
 
     Returns:
-        The local folder, for `trainer.features.read_features`.
+        The local folder of each, for `trainer.features.read_features`.
     """
-    checkpoint = run.need_json(f"{name}/result.json", "rarelens stage-one")["checkpoint"]
-    weights_sha256 = sha256_of(fetch_checkpoint(run, checkpoint) / WEIGHTS_FILE)
-    if run.storage.exists(f"{folder}/{MANIFEST_FILE}"):
-        local = run.fetch(folder)
-        if read_manifest(local)["checkpoint_sha256"] == weights_sha256:
-            return local
-    made: list[dict] = []
-    samples = sum(len(dataset.index(split)) for split in splits)
-    with progress_bar(f"features of {' + '.join(splits)}", samples) as bar:
+    checkpoints = {w.name: run.need_json(f"{w.name}/result.json", "rarelens stage-one")["checkpoint"] for w in wanted}
+    sha256 = {name: sha256_of(fetch_checkpoint(run, path) / WEIGHTS_FILE) for name, path in checkpoints.items()}
+    missing = [w for w in wanted if not _is_there(run, w, sha256[w.name])]
+    if not missing:
+        return [run.fetch(w.folder) for w in wanted]
+    made: list[dict[str, Any]] = []
+    splits = [split for w in missing for split in w.splits]
+    with progress_bar(f"features of {' + '.join(splits)}", sum(len(dataset.index(split)) for split in splits)) as bar:
 
-        def on_message(message: dict) -> None:
+        def on_message(message: dict[str, Any]) -> None:
             made.append(message)
             bar.update(sum(m["samples"] for m in made))
 
@@ -55,26 +64,30 @@ def extract_features(
                 "config": config,
                 "dataset_uri": dataset.uri,
                 "run_uri": run.uri,
-                "checkpoint": checkpoint,
-                "splits": splits,
-                "folder": folder,
+                "wanted": [(w, checkpoints[w.name]) for w in missing],
             },
-            name=f"ray/{folder}",
+            name="features/ray",
             run_uri=run.uri,
             cluster=config.cluster,
             on_message=on_message,
         )
-    local = run.fetch(folder)
-    write_manifest(
-        local,
-        backbone=config.model.backbone,
-        checkpoint_sha256=weights_sha256,
-        dim=made[0]["dim"],
-        rows={split: len(dataset.index(split)) for split in splits},
-        parts=made[0]["world"],
-    )
-    run.publish(f"{folder}/{MANIFEST_FILE}")
-    return local
+    for w in missing:
+        write_manifest(
+            run.fetch(w.folder),
+            backbone=config.model.backbone,
+            checkpoint_sha256=sha256[w.name],
+            dim=made[0]["dim"],
+            rows={split: len(dataset.index(split)) for split in w.splits},
+            parts=made[0]["world"],
+        )
+        run.publish(f"{w.folder}/{MANIFEST_FILE}")
+    return [run.fetch(w.folder) for w in wanted]
+
+
+def _is_there(run: RunFolder, wanted: Extraction, weights_sha256: str) -> bool:
+    if not run.storage.exists(f"{wanted.folder}/{MANIFEST_FILE}"):
+        return False
+    return read_manifest(run.fetch(wanted.folder))["checkpoint_sha256"] == weights_sha256
 
 
 def fetch_checkpoint(run: RunFolder, path: str) -> Path:
@@ -85,30 +98,25 @@ def fetch_checkpoint(run: RunFolder, path: str) -> Path:
 
 
 def _extract(
-    worker: Worker,
-    config: TrainerConfig,
-    dataset_uri: str,
-    run_uri: str,
-    checkpoint: str,
-    splits: tuple[str, ...],
-    folder: str,
+    worker: Worker, config: TrainerConfig, dataset_uri: str, run_uri: str, wanted: list[tuple[Extraction, str]]
 ) -> None:
-    """One worker's part of each split."""
+    """One worker's part of each split; `wanted` comes with the path of its checkpoint."""
     device = torch.device("cuda", torch.cuda.current_device()) if worker.device == "cuda" else torch.device("cpu")
     dataset, run = open_dataset(dataset_uri), RunFolder(run_uri)
-    model = load_classifier(fetch_checkpoint(run, checkpoint), config, len(dataset.classes)).to(device)
-    for split in splits:
-        part = extract(
-            model,
-            dataset,
-            config.data,
-            split,
-            batch_size=config.features.batch_size,
-            rank=worker.rank,
-            world=worker.world,
-            device=device,
-        )
-        with tempfile.TemporaryDirectory(prefix="rarelens-features-") as scratch:
-            file = write_part(scratch, split, worker.rank, part)
-            run.storage.upload(file, f"{folder}/{file.name}")
-        worker.tell({"samples": len(part), "dim": part.x.shape[1], "world": worker.world})
+    for extraction, checkpoint in wanted:
+        model = load_classifier(fetch_checkpoint(run, checkpoint), config, len(dataset.classes)).to(device)
+        for split in extraction.splits:
+            part = extract(
+                model,
+                dataset,
+                config.data,
+                split,
+                batch_size=config.features.batch_size,
+                rank=worker.rank,
+                world=worker.world,
+                device=device,
+            )
+            with tempfile.TemporaryDirectory(prefix="rarelens-features-") as scratch:
+                file = write_part(scratch, split, worker.rank, part)
+                run.storage.upload(file, f"{extraction.folder}/{file.name}")
+            worker.tell({"samples": len(part), "dim": part.x.shape[1], "world": worker.world})

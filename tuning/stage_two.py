@@ -6,7 +6,9 @@ import hashlib
 import json
 import logging
 import os
+from contextlib import redirect_stdout
 from dataclasses import asdict
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,7 +140,8 @@ def run_blocks(job: Job, gpus_per_trial: float = 0.0, trial: type[BlockTrial] = 
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the bar and the results tell of failed trials
     with progress_bar("stage two search", sum(len(specs) for specs in job.blocks)) as bar:
         watcher = _Watcher(job, bar, done)
-        _tuner(job, pending, gpus_per_trial, trial, watcher).fit()
+        with redirect_stdout(StringIO()):  # Tune prints where its own files lie; ours is another table
+            _tuner(job, pending, gpus_per_trial, trial, watcher).fit()
     missing = set(pending) - finished_blocks(job.storage_uri)
     errors = {block: watcher.errors.get(block, "the trial ended without a result") for block in sorted(missing)}
     if len(errors) == len(job.blocks):
