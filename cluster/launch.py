@@ -245,8 +245,8 @@ def _on_worker(config: dict[str, Any]) -> None:
 def _keep_freed_memory() -> None:
     """Tell glibc to keep what is freed instead of giving it back to the kernel.
 
-    Each step frees and takes the same activations again; by default every one of them is mapped and zeroed anew, a third
-    of a CPU step (EfficientNet-Lite0, 64 images of 128 px on one core: 29 images/s without this, 48 with it).
+    Each step frees and takes the same activations again; by default every one of them is mapped and zeroed anew
+    (EfficientNet-Lite0, 64 images of 128 px, one process: 29 images/s without this, 48 with it; docs/log.md).
     """
     m_trim_threshold, m_mmap_max = -1, -4  # names and numbers of malloc.h
     with suppress(OSError, AttributeError):  # another C library has no such thing
