@@ -21,10 +21,10 @@ def deepspeed_settings(config: StageOneConfig, world: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": max(1, config.batch_size // world),
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.optimiser.clip_norm,
-        "bf16": {"enabled": config.precision == "bf16"},
-        # In bf16 DeepSpeed's ZeRO 0 takes an empty first step that Adam's bias correction counts (0.19.8: the first
-        # real step is 0.74 of its size). ZeRO 1 is exact and needs no more memory on any rank.
-        "zero_optimization": {"stage": max(config.zero_stage, 1) if config.precision == "bf16" else config.zero_stage},
+        # Autocast, not DeepSpeed's "bf16": that turns batch norm's weights to bf16 beside float32 statistics, which
+        # torch refuses, and at ZeRO 0 its empty first step shrinks Adam's first real one to 0.74 (seen with 0.19.8).
+        "torch_autocast": {"enabled": config.precision == "bf16", "dtype": "bfloat16"},
+        "zero_optimization": {"stage": config.zero_stage},
         "zero_allow_untested_optimizer": True,  # SGD is not on DeepSpeed's list; our tests hold it to ZeRO 0
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
@@ -58,7 +58,6 @@ class Engine:
 
         # Ray Train has made the process group; DeepSpeed takes it over.
         deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)
-        self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self._engine, self._optimiser, _, _ = deepspeed.initialize(
             model=model,
             optimizer=build_optimiser(model, config.optimiser),
@@ -68,12 +67,12 @@ class Engine:
 
     @property
     def module(self) -> nn.Module:
-        """The model itself, its weights in the engine's precision."""
+        """The model itself, its weights in float32 whatever the precision of the arithmetic."""
         return self._engine.module
 
     def __call__(self, images: torch.Tensor) -> Any:
-        """The model's output for images [B, 3, px, px], which are brought to the engine's precision."""
-        return self._engine(images.to(self.dtype))
+        """The model's output for images [B, 3, px, px]."""
+        return self._engine(images)
 
     def step(self, loss: torch.Tensor, lr: float) -> None:
         """Backward, average the gradient over ranks, update at learning rate `lr`. Every rank takes part."""
@@ -89,15 +88,6 @@ class Engine:
     def load(self, folder: Path) -> None:
         """Go on from a verified checkpoint. Every rank takes part."""
         self._engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
-
-
-def load_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The model's weights in a verified checkpoint, without an engine, in float32.
-
-    Only call on a folder that `cluster.checkpoint.verify` has passed: DeepSpeed's files are pickles.
-    """
-    state = torch.load(folder / CHECKPOINT_TAG / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state["module"].items()}
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

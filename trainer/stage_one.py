@@ -260,9 +260,7 @@ def _save(
         folder = Path(name)
         engine.save(folder)
         if worker.rank == 0:
-            weights = {
-                k: v.float().contiguous() if v.is_floating_point() else v for k, v in engine.module.state_dict().items()
-            }
+            weights = {name: tensor.contiguous() for name, tensor in engine.module.state_dict().items()}
             save_file(weights, folder / WEIGHTS_FILE)
             state = {"metrics": metrics, "loader": loader.state_dict(), "config": config.model_dump(mode="json")}
             (folder / STATE_FILE).write_text(json.dumps(state))
