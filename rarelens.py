@@ -7,6 +7,8 @@ command below, and `train` is all of them. This file only names what happens; th
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -72,7 +74,8 @@ def pack(
     config = SourceConfig(
         path=str(source), labels=labels, image_column=image_column, label_column=label_column, group_column=group_column
     )
-    dataset = pack_dataset(config, DataConfig(name=source.resolve().name, pack_px=size), dest, seed)
+    with _can_go_on():
+        dataset = pack_dataset(config, DataConfig(name=source.resolve().name, pack_px=size), dest, seed)
     typer.echo(f"packed {sum(s.samples for s in dataset.shards)} images of {len(dataset.classes)} classes into {dest}")
 
 
@@ -258,16 +261,23 @@ def _run(job: Job, last: str) -> None:
     """Every step up to `last`; the seconds of each are kept with the run, over all its starts."""
     import time
 
-    _check(job)
-    try:
+    with _can_go_on(), closing(job.run):
+        _check(job)
         for name, step in STEPS.items():
             started = time.monotonic()
             step(job)
             job.run.add_seconds(name, time.monotonic() - started)
             if name == last:
                 return
-    finally:
-        job.run.close()
+
+
+@contextmanager
+def _can_go_on() -> Iterator[None]:
+    """Ctrl-C loses nothing here, and says so."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise typer.Exit(_say("stopped; the same command goes on from here", 130)) from None
 
 
 def _needs(config_file: Path) -> dict:
@@ -292,10 +302,6 @@ def main() -> None:
         if debug:
             raise
         sys.exit(_say(f"error: {error}", 2))
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        sys.exit(_say("stopped; the same command goes on from here", 130))
 
 
 def _say(text: str, status: int) -> int:

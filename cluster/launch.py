@@ -14,6 +14,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,7 +203,7 @@ def run_workers(
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     with _messages(mailbox, on_message):
         try:
-            result = trainer.fit()
+            result = _fit(trainer)
         except ray.train.TrainingFailedError as error:
             failure = ray.get(mailbox.failure.remote())
             if failure:
@@ -214,6 +215,20 @@ def run_workers(
     root = f"{path.rstrip('/')}/"
     best = [(c.path.removeprefix(root), dict(m)) for c, m in result.best_checkpoints or []]
     return Outcome(sorted(best, key=lambda item: -item[1][keep_by]) if keep_by else best)
+
+
+def _fit(trainer: Any) -> Any:
+    """`trainer.fit()` on a thread of its own: on the main one Ray Train takes Ctrl-C over and exits with status 0."""
+    outcome: Future[Any] = Future()
+
+    def fit() -> None:
+        try:
+            outcome.set_result(trainer.fit())
+        except BaseException as error:  # handed to the main thread
+            outcome.set_exception(error)
+
+    threading.Thread(target=fit, daemon=True).start()
+    return outcome.result()
 
 
 def _on_worker(config: dict[str, Any]) -> None:
