@@ -2,16 +2,22 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 
 import trainer.stage_one
+from cluster.errors import UserError
+from cluster.launch import Worker
 from cluster.run import RunFolder
 from data_pipeline.pack import pack
 from data_pipeline.synthetic import draw_synthetic
+from tests.gloo import run_gloo
 from tests.tiny import tiny_config
-from trainer.stage_one import train_stage_one
+from trainer.config import StageOneConfig
+from trainer.stage_one import StepLog, train_stage_one
 
 GOLDEN = Path(__file__).parent / "golden" / "stage_one.json"
 # Batch norm uses each rank's own images; on running statistics the number of workers makes no difference.
@@ -97,10 +103,37 @@ def test_what_is_done_is_not_done_again(unbroken, images, monkeypatch):
     assert train_stage_one(config, None, run) == result  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("zero_stage, precision", [(2, "bf16"), (1, "fp32")])
+def log_a_diverged_step(rank, world):
+    worker = Worker(rank, world, "cpu", _mailbox=None)
+    loader = SimpleNamespace(wait_s=0.0)
+    log = StepLog(worker, loader, StageOneConfig(log_every_steps=1))
+    bad = torch.tensor([float("nan") if rank == 1 else 2.0, 8.0])  # on one rank only
+    with pytest.raises(
+        UserError, match=r"the loss is nan at step 7 \(epoch 2\): .* lower stage_one.optimiser.lr = 0.001"
+    ):
+        log.step(7, 2, 1e-3, 8, {"cross_entropy": bad})
+    return True
+
+
+def test_every_rank_stops_when_the_loss_of_one_is_not_finite():
+    assert run_gloo(log_a_diverged_step, 2) == [True, True]
+
+
+@pytest.mark.parametrize("zero_stage, precision", [(2, "bf16")])
 def test_zero_and_bf16_train(train, zero_stage, precision):
     result, lines, _ = train(
         f"zero{zero_stage}", stage_one={"epochs": 1, "batch_size": 16, "zero_stage": zero_stage, "precision": precision}
     )
     assert 0 <= result["metrics"]["balanced_accuracy"] <= 1
     assert lines[-1]["loss"] < lines[0]["loss"] * 1.5
+
+
+def test_a_zero_checkpoint_is_refused_on_another_number_of_workers(train, images):
+    _, _, run = train("zero1", stage_one={"epochs": 1, "batch_size": 16, "zero_stage": 1})
+    (run.work / "stage_one" / "result.json").unlink()
+    config = tiny_config(
+        images, run.uri, stage_one={"epochs": 2, "batch_size": 16, "zero_stage": 1}, cluster={"workers": 1}
+    )
+    dataset = pack(config.source, config.data, f"{run.uri}/dataset", config.seed, progress=False)
+    with pytest.raises(UserError, match=r"zero_stage = 1 splits a checkpoint over its 2 workers, and there are 1 now"):
+        train_stage_one(config, dataset, run)

@@ -6,6 +6,7 @@ Shapes: B images of this rank in a step, V views of each, D embedding, C classes
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import time
 import uuid
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cluster.checkpoint import write_manifest
+from cluster.errors import UserError
 from cluster.launch import Worker, run_workers
 from cluster.progress import progress_bar
 from cluster.run import RunFolder
@@ -148,7 +150,7 @@ def _train(worker: Worker, config: TrainerConfig, dataset_uri: str) -> None:
         device=device,
     )
     log = StepLog(worker, loader, stage)
-    first_epoch = _restore(worker, engine, loader)
+    first_epoch = _restore(worker, engine, loader, stage)
 
     for epoch in range(first_epoch, stage.epochs):
         # --- one epoch of steps
@@ -191,10 +193,15 @@ class StepLog:
         seconds = time.monotonic() - self._since
         waited = self._loader.wait_s - self._waited
         self._images, self._since, self._waited = 0, time.monotonic(), self._loader.wait_s
-        if self._worker.rank:
-            return
         means = {key: float(sums[2 * i] / sums[2 * i + 1].clamp(min=1)) for i, key in enumerate(terms)}
         loss = means["cross_entropy"] + self._config.loss.weight * means.get("metric_loss", 0.0)
+        if not math.isfinite(loss):  # the same sums on every rank: all of them stop here
+            raise UserError(
+                f"the loss is {loss} at step {step} (epoch {epoch}): the training has diverged; lower "
+                f"stage_one.optimiser.lr = {self._config.optimiser.lr:g} and give another run=..."
+            )
+        if self._worker.rank:
+            return
         line = {"kind": "step", "step": step, "epoch": epoch, "loss": loss, **means, "lr": lr}
         line |= {"images_per_s": float(sums[-1]) / seconds, "wait_share": waited / seconds}
         if "metric_loss" in terms:
@@ -262,19 +269,24 @@ def _save(
         if worker.rank == 0:
             weights = {name: tensor.contiguous() for name, tensor in engine.module.state_dict().items()}
             save_file(weights, folder / WEIGHTS_FILE)
-            state = {"metrics": metrics, "loader": loader.state_dict(), "config": config.model_dump(mode="json")}
-            (folder / STATE_FILE).write_text(json.dumps(state))
+            state = {"metrics": metrics, "loader": loader.state_dict(), "world": worker.world}
+            (folder / STATE_FILE).write_text(json.dumps({**state, "config": config.model_dump(mode="json")}))
         write_manifest(folder, worker.rank, worker.world, {"step": metrics["step"], "save": mark[0]})
         worker.report(metrics, folder, f"epoch-{int(metrics['epoch']):04d}")
 
 
-def _restore(worker: Worker, engine: Engine, loader: TrainLoader) -> int:
+def _restore(worker: Worker, engine: Engine, loader: TrainLoader, config: StageOneConfig) -> int:
     """Go on from the newest whole checkpoint. Returns the epoch to begin with. Every rank takes part."""
     with worker.checkpoint() as folder:
         if folder is None:
             return 0
-        engine.load(folder)
         state = json.loads((folder / STATE_FILE).read_text())
+        if state["world"] != worker.world and config.zero_stage > 0:
+            raise UserError(
+                f"stage_one.zero_stage = {config.zero_stage} splits a checkpoint over its {state['world']} workers, and "
+                f"there are {worker.world} now; set cluster.workers={state['world']}"
+            )
+        engine.load(folder)
         loader.load_state_dict(state["loader"])
         return int(state["metrics"]["epoch"]) + 1
 
