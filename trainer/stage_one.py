@@ -283,8 +283,8 @@ def _restore(worker: Worker, engine: Engine, loader: TrainLoader, config: StageO
         state = json.loads((folder / STATE_FILE).read_text())
         if state["world"] != worker.world and config.zero_stage > 0:
             raise UserError(
-                f"stage_one.zero_stage = {config.zero_stage} splits a checkpoint over its {state['world']} workers, and "
-                f"there are {worker.world} now; set cluster.workers={state['world']}"
+                f"stage_one.zero_stage = {config.zero_stage} splits a checkpoint over its {state['world']} workers, "
+                f"and there are {worker.world} now; set cluster.workers={state['world']}"
             )
         engine.load(folder)
         loader.load_state_dict(state["loader"])
