@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from cluster.storage import open_storage
 from data_pipeline.synthetic import draw_synthetic
 from tests.tiny import tiny_config
 
@@ -174,3 +175,31 @@ def test_every_command_has_help():
     ):
         assert command in help_text
         assert rarelens(command, "--help", timeout=60).returncode == 0
+
+
+def test_a_run_in_a_bucket_leaves_the_same_there(moto_s3, config_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
+    overrides = [f"run={moto_s3}/runs/tiny", "stage_one.epochs=1", "evaluation.baseline=false"]
+    done = rarelens("train", config_file, *overrides, timeout=240)
+    assert done.returncode == 0, done.stderr
+    stored = {entry.path for entry in open_storage(f"{moto_s3}/runs/tiny").list()}
+    assert stored >= {*STEPS, "config.yaml", "log.jsonl", "model/report.html", "model/model.safetensors"}
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "two"))  # another machine finds all of it done
+    again = rarelens("train", config_file, *overrides, "--resume", timeout=120)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == done.stdout
+
+
+def test_class_folders_are_packed_and_audited(images, tmp_path):
+    with open(images / "labels.csv") as file:
+        for row in csv.DictReader(file):
+            folder = tmp_path / "classes" / row["label"]
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / Path(row["image"]).name).write_bytes((images / "images" / row["image"]).read_bytes())
+    packed = rarelens("pack", tmp_path / "classes", tmp_path / "packed", "--size", 48, timeout=60)
+    assert packed.returncode == 0, packed.stderr
+    assert "images of 16 classes into" in packed.stdout
+    assert rarelens("audit", tmp_path / "packed", timeout=60).returncode == 0
+    # A set compared with itself leaks everything.
+    assert rarelens("audit", tmp_path / "packed", tmp_path / "packed", timeout=60).returncode == 1
