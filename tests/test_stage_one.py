@@ -128,6 +128,21 @@ def test_zero_and_bf16_train(train, zero_stage, precision):
     assert lines[-1]["loss"] < lines[0]["loss"] * 1.5
 
 
+def test_a_run_goes_on_with_another_number_of_workers(unbroken, train, images):
+    _, lines, _ = unbroken
+    _, _, run = train("two", model={**tiny_model(), **FROZEN})
+    (run.work / "stage_one" / "result.json").unlink()
+    config = tiny_config(
+        images, run.uri, model=FROZEN, stage_one={"epochs": 3, "batch_size": 16}, cluster={"workers": 1}
+    )
+    dataset = pack(config.source, config.data, f"{run.uri}/dataset", config.seed, progress=False)
+    train_stage_one(config, dataset, run)
+    after = [line for line in run.read_log() if line["kind"] == "step"]
+    assert [line["epoch"] for line in after] == sorted(line["epoch"] for line in after)
+    assert {line["epoch"] for line in after} == {0, 1, 2}
+    assert {step: loss for step, loss in losses(after).items() if step <= lines[-1]["step"]} == losses(lines)
+
+
 def test_a_zero_checkpoint_is_refused_on_another_number_of_workers(train, images):
     _, _, run = train("zero1", stage_one={"epochs": 1, "batch_size": 16, "zero_stage": 1})
     (run.work / "stage_one" / "result.json").unlink()
