@@ -6,18 +6,8 @@ import torch
 from sklearn.neighbors import NearestCentroid
 
 from cluster.errors import UserError
-from trainer.heads import (
-    Head,
-    HeadSpec,
-    fit_temperature,
-    load_heads,
-    log_prior,
-    logit_adjustment,
-    nearest_class_mean,
-    parse_heads,
-    save_heads,
-    tau_norm,
-)
+from trainer.closed_forms import fit_temperature, log_prior, logit_adjustment, nearest_class_mean, tau_norm
+from trainer.heads import Head, HeadSpec, load_heads, parse_heads, save_heads
 
 NUM_CLASSES, DIM = 4, 6
 
@@ -113,14 +103,23 @@ def test_a_class_without_samples_has_no_prior():
 
 
 def test_unknown_family_is_named():
-    with pytest.raises(UserError, match="head family 'tau' is not known; known: balanced_softmax, crt"):
+    with pytest.raises(UserError, match="head family 'tau' is not known; known: balanced_softmax, cosine, crt"):
         HeadSpec("tau")
+
+
+@pytest.mark.parametrize("family", ["balanced_softmax", "logit_adjusted", "reweighted", "ldam_drw"])
+def test_correcting_twice_is_refused_unless_asked_for(family):
+    message = f"head family {family} already corrects for the class frequencies, and sampling with power = 0.5 would"
+    with pytest.raises(UserError, match=message):
+        HeadSpec(family, power=0.5)
+    twice = HeadSpec(family, power=0.5, double_correction=True)
+    assert twice.sampling_power == 0.5 and twice.knobs()["power"] == 0.5
 
 
 def test_knobs_are_those_that_the_family_reads():
     assert HeadSpec("tau_norm", tau=0.4).knobs() == {"tau": 0.4}
     assert list(HeadSpec("crt").knobs()) == ["power", "lr", "weight_decay", "epochs", "batch_size", "seed"]
-    assert HeadSpec("balanced_softmax", power=0.3).sampling_power == 1.0
+    assert HeadSpec("balanced_softmax").sampling_power == 1.0
     assert HeadSpec("crt", power=0.3).sampling_power == 0.3
 
 

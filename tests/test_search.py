@@ -16,18 +16,19 @@ import torch
 from cluster.config import parse_config
 from cluster.errors import UserError
 from trainer.features import Features, write_manifest, write_part
-from trainer.heads import Head, HeadSpec, load_heads
+from trainer.heads import TRAINED_FAMILIES, Head, HeadSpec, load_heads
 from trainer.metrics import METRICS
-from trainer.stage_two import train_heads
+from trainer.stage_two import shared_by, train_heads
 from tuning.block import BlockTrial
 from tuning.config import StageTwoConfig
-from tuning.results import SCORES, SearchResult, head_row, rank, read_results, write_results
+from tuning.results import KNOB_TYPES, SCORES, SearchResult, head_row, rank, read_results, write_results
 from tuning.space import blocks_of, draw_specs
 from tuning.stage_two import search_heads
 
 COUNTS = np.array([120, 40, 15, 6, 3])
 NUM_CLASSES, DIM = len(COUNTS), 16
 TRAINED = ("crt", "balanced_softmax")
+CLOSED = ("logit_adjustment", "tau_norm", "nearest_class_mean")
 
 
 def clusters(seed, counts):
@@ -65,13 +66,10 @@ def own():
 class TestSpace:
     def test_families_share_the_budget(self):
         specs = draw_specs(StageTwoConfig(heads=256), seed=0)
-        assert Counter(spec.family for spec in specs) == {
-            "tau_norm": 21,
-            "logit_adjustment": 21,
-            "nearest_class_mean": 2,
-            "crt": 106,
-            "balanced_softmax": 106,
-        }
+        count = Counter(spec.family for spec in specs)
+        assert count["tau_norm"] == count["logit_adjustment"] == 21 and count["nearest_class_mean"] == 2
+        assert sum(count.values()) == 256
+        assert {count[family] for family in TRAINED_FAMILIES} == {21, 22}
         for family in ("tau_norm", "logit_adjustment"):
             taus = [spec.tau for spec in specs if spec.family == family]
             assert taus == pytest.approx(np.linspace(0, 2, 21))
@@ -81,10 +79,21 @@ class TestSpace:
         config = StageTwoConfig(heads=heads)
         specs = draw_specs(config, seed=3)
         assert len(specs) == max(heads, len(config.families))
+        assert {spec.family for spec in specs} == set(config.families)
         assert any(s.family == "crt" and s.power == 0 and s.lr == 3 and s.epochs == 10 for s in specs)
         assert any(s.family == "balanced_softmax" and s.lr == 3 and s.epochs == 10 for s in specs)
         assert any(s.family == "logit_adjustment" and s.tau == 1 for s in specs)
+        assert any(s.family == "logit_adjusted" and s.tau == 1 for s in specs)
         assert any(s.family == "tau_norm" and s.tau == 1 for s in specs)
+        assert any(s.family == "ldam_drw" and s.margin == 0.5 and s.scale == 30 for s in specs)
+        assert any(s.family == "over_smoothing" and s.smoothing == 0.98 for s in specs)
+        assert any(s.family == "label_aware_smoothing" and (s.smoothing, s.smoothing_tail) == (0.4, 0.1) for s in specs)
+
+    def test_heads_share_their_minibatches(self):
+        """Of 512 heads most are trained beside seven others or more."""
+        specs = [spec for spec in draw_specs(StageTwoConfig(), seed=0) if spec.family in TRAINED_FAMILIES]
+        together = Counter(shared_by(spec) for spec in specs)
+        assert sum(number for number in together.values() if number >= 8) > 0.8 * len(specs)
 
     def test_closed_forms_alone_need_no_more_than_their_grid(self):
         assert len(draw_specs(StageTwoConfig(heads=500, families=("tau_norm", "nearest_class_mean")), seed=0)) == 23
@@ -134,7 +143,7 @@ class TestSpace:
 
 
 class TestSearch:
-    config = StageTwoConfig(heads=60, heads_per_trial=16)
+    config = StageTwoConfig(heads=60, heads_per_trial=16, families=("crt", "ldam_drw", *CLOSED))
 
     @pytest.fixture(scope="class")
     def result(self, ray_session, features, own, tmp_path_factory):
@@ -146,7 +155,7 @@ class TestSearch:
         assert result.rows[0]["family"] == "own" and result.rows[0]["trial"] is None
         for row, spec in zip(result.rows[1:], specs, strict=True):
             assert row["family"] == spec.family and row["status"] == "done" and row["trial"] == (row["head"] - 1) // 16
-            for knob in ("power", "tau", "lr", "weight_decay", "epochs", "batch_size", "seed"):
+            for knob in KNOB_TYPES:
                 assert row[knob] == spec.knobs().get(knob)
 
     def test_scores_are_those_of_the_heads_made_one_by_one(self, result, own):

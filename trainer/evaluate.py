@@ -20,26 +20,19 @@ from cluster.checkpoint import sha256_of
 from cluster.run import RunFolder
 from data_pipeline.dataset import Dataset
 from trainer import metrics
+from trainer.closed_forms import fit_temperature
 from trainer.config import TrainerConfig
 from trainer.export import ModelDescription, save_model
 from trainer.extraction import BASELINE, TEST, TRAIN_AND_VAL, extract_features, fetch_checkpoint
 from trainer.features import Features, read_features
-from trainer.heads import Head, fit_temperature, load_heads
+from trainer.heads import FAMILY_NAMES, Head, load_heads
 from trainer.stage_one import WEIGHTS_FILE, load_classifier
 
 MODEL_FOLDER = "model"
 METRICS_FILE = f"{MODEL_FOLDER}/metrics.json"
 PREDICTIONS_FILE = f"{MODEL_FOLDER}/predictions.parquet"
 READS_FILE = "test_reads.json"
-DESCRIPTIONS = {
-    "baseline": "plain cross-entropy",
-    "own": "stage one, its own classifier",
-    "crt": "cRT",
-    "balanced_softmax": "balanced softmax",
-    "logit_adjustment": "logit adjustment",
-    "tau_norm": "tau-norm",
-    "nearest_class_mean": "nearest class mean",
-}
+DESCRIPTIONS = {"baseline": "plain cross-entropy", **FAMILY_NAMES}
 
 
 @dataclass(frozen=True)

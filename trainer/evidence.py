@@ -17,6 +17,7 @@ from trainer.findings import (
     rarest_last,
     row_shares,
 )
+from trainer.heads import FAMILY_NAMES
 from trainer.page import (
     Column,
     Columns,
@@ -33,14 +34,6 @@ from trainer.page import (
     text,
 )
 
-FAMILY_NAMES = {
-    "own": "stage one's classifier",
-    "crt": "cRT",
-    "balanced_softmax": "balanced softmax",
-    "logit_adjustment": "logit adjustment",
-    "tau_norm": "tau-norm",
-    "nearest_class_mean": "nearest class mean",
-}
 METRIC_NAMES = {"balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1", "worst_recall": "the worst class"}
 KNOB_NAMES = {
     "power": "q (sampling power)",
@@ -48,6 +41,11 @@ KNOB_NAMES = {
     "lr": "learning rate",
     "weight_decay": "weight decay",
     "epochs": "epochs",
+    "beta": "beta (class weights)",
+    "smoothing": "smoothing",
+    "smoothing_tail": "smoothing of the rarest",
+    "margin": "margin",
+    "scale": "scale of the cosine",
 }
 SEARCH_TITLE = "Stage two: the search"
 MAX_ROWS = 60  # classes in the table; of more, the rarest are shown

@@ -40,6 +40,14 @@ FAMILY_LOOKS = {
     "logit_adjustment": (ORANGE, "^"),
     "tau_norm": (VERMILLION, "D"),
     "nearest_class_mean": (PURPLE, "v"),
+    "progressive": (SKY, "o"),
+    "reweighted": (ORANGE, "s"),
+    "logit_adjusted": (BLUE, "^"),
+    "label_aware_smoothing": (GREEN, "D"),
+    "over_smoothing": (VERMILLION, "v"),
+    "lws": (PURPLE, "P"),
+    "cosine": (SKY, "s"),
+    "ldam_drw": (INK, "o"),
 }
 SPARE_LOOKS = ((SKY, "X"), (INK, "*"), (MUTED, "p"), (GREEN, "<"), (PURPLE, ">"))
 MARKER_SIGNS = {
@@ -55,7 +63,7 @@ MARKER_SIGNS = {
     "<": "◀",
     ">": "▶",
 }
-LOG_KNOBS = ("lr", "weight_decay")
+LOG_KNOBS = ("lr", "weight_decay", "scale")
 
 
 def recall_by_frequency(

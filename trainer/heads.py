@@ -11,24 +11,53 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cluster.errors import UserError
 
-_SGD = ("lr", "weight_decay", "epochs", "batch_size", "seed")
+_ORDER = ("epochs", "batch_size", "seed")
+_SGD = ("lr", "weight_decay", *_ORDER)
 
-# Family -> the knobs of HeadSpec that it reads. `own` is stage one's classifier as it is.
+# Family -> the knobs of HeadSpec that it reads. `own` is stage one's classifier as it is. The first block are closed
+# forms (`trainer.closed_forms`), the second is trained on the features (`trainer.stage_two`).
 KNOBS: dict[str, tuple[str, ...]] = {
     "own": (),
     "tau_norm": ("tau",),
     "logit_adjustment": ("tau",),
     "nearest_class_mean": ("normalise",),
-    "balanced_softmax": _SGD,
+    # trained
     "crt": ("power", *_SGD),
+    "progressive": ("power", *_SGD),
+    "reweighted": ("beta", *_SGD),
+    "balanced_softmax": _SGD,
+    "logit_adjusted": ("tau", *_SGD),
+    "label_aware_smoothing": ("power", "smoothing", "smoothing_tail", *_SGD),
+    "over_smoothing": ("power", "smoothing", *_SGD),
+    "lws": ("power", "lr", *_ORDER),
+    "cosine": ("power", "scale", "lr", *_ORDER),
+    "ldam_drw": ("margin", "scale", "beta", "lr", *_ORDER),
+}
+FAMILY_NAMES = {
+    "own": "stage one, its own classifier",
+    "tau_norm": "tau-norm",
+    "logit_adjustment": "logit adjustment, post-hoc",
+    "nearest_class_mean": "nearest class mean",
+    "crt": "cRT",
+    "progressive": "cRT, progressive",
+    "reweighted": "re-weighted",
+    "balanced_softmax": "balanced softmax",
+    "logit_adjusted": "logit-adjusted loss",
+    "label_aware_smoothing": "label-aware smoothing",
+    "over_smoothing": "label over-smoothing",
+    "lws": "LWS",
+    "cosine": "cosine",
+    "ldam_drw": "LDAM-DRW",
 }
 TRAINED_FAMILIES = tuple(family for family, knobs in KNOBS.items() if "lr" in knobs)
+COSINE_FAMILIES = ("cosine", "ldam_drw")
+PRIOR_AWARE_FAMILIES = ("balanced_softmax", "logit_adjusted", "reweighted", "ldam_drw")
+"""Their loss makes up for the class frequencies: balanced sampling on top of it would correct twice."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +66,23 @@ class HeadSpec:
 
     Attributes:
         family: A key of `KNOBS`.
-        power: q of the sampling p_c ~ n_c^q (cRT).
+        power: q of the sampling p_c ~ n_c^q; `progressive` goes from natural sampling to it.
         tau: Strength of tau-norm and of logit adjustment.
         normalise: Nearest class mean by cosine instead of Euclidean distance.
-        lr: Peak learning rate of SGD on features of mean squared length 1 (see `trainer.stage_two`).
-        weight_decay: L2 penalty on weight and bias, on those same features.
+        lr: Peak learning rate of SGD, in units in which 1 to 10 suits every backbone (see `trainer.stage_two`).
+        weight_decay: L2 penalty on weight and bias, on features of mean squared length 1.
         epochs: Passes; an epoch has as many draws as there are training features.
         batch_size: Features a step.
         seed: Decides the order of the samples.
+        beta: Class weights (1 - beta) / (1 - beta^n_c); 1 = their limit, 1 / n_c.
+        smoothing: Label smoothing; of the commonest class where there is a `smoothing_tail` too.
+        smoothing_tail: Label smoothing of the rarest class.
+        margin: LDAM's largest margin, in units of the cosine.
+        scale: s, factor of the cosine.
+        double_correction: Let a family of `PRIOR_AWARE_FAMILIES` draw by `power` as well.
+
+    Raises:
+        UserError: The family is unknown, or its prior would be corrected twice.
     """
 
     family: str
@@ -56,20 +94,34 @@ class HeadSpec:
     epochs: int = 10
     batch_size: int = 256
     seed: int = 0
+    beta: float = 0.9999
+    smoothing: float = 0.0
+    smoothing_tail: float = 0.0
+    margin: float = 0.5
+    scale: float = 30.0
+    double_correction: bool = False
 
     def __post_init__(self) -> None:
         if self.family not in KNOBS:
             raise UserError(f"head family {self.family!r} is not known; known: {', '.join(sorted(KNOBS))}")
+        if self.family in PRIOR_AWARE_FAMILIES and self.power < 1 and not self.double_correction:
+            raise UserError(
+                f"head family {self.family} already corrects for the class frequencies, and sampling with power = "
+                f"{self.power:g} would correct twice; set power to 1, or double_correction: true if that is wanted"
+            )
 
     def knobs(self) -> dict[str, Any]:
         """The knobs that this family reads, with their values."""
         values = asdict(self)
-        return {name: values[name] for name in KNOBS[self.family]}
+        names = KNOBS[self.family]
+        if self.family in PRIOR_AWARE_FAMILIES and self.double_correction:
+            names = ("power", *names)
+        return {name: values[name] for name in names}
 
     @property
     def sampling_power(self) -> float:
-        """The q under which samples are drawn: cRT's own, natural (1) for the losses that know the prior."""
-        return self.power if self.family == "crt" else 1.0
+        """The q under which samples are drawn: natural (1) for the families that do not read `power`."""
+        return self.knobs().get("power", 1.0)
 
 
 @dataclass
@@ -92,96 +144,6 @@ class Head:
         if self.normalise:
             x = torch.nn.functional.normalize(x, dim=1)
         return torch.addmm(self.bias, x, self.weight.T)
-
-
-def tau_norm(own: Head, tau: float) -> Head:
-    """Tau-normalised classifier: w_c / ||w_c||^tau (Kang et al. 2020, arXiv:1910.09217, section 4).
-
-    Stage one's bias is left out, as in the paper and in its reference code (facebookresearch/classifier-balancing,
-    tau_norm.py); so tau = 0 is stage one's classifier without its bias.
-
-    Args:
-        own: Stage one's classifier.
-        tau: 0 changes no weight, 1 makes all of the same length.
-    """
-    norm = own.weight.norm(dim=1, keepdim=True).clamp_min(torch.finfo(own.weight.dtype).tiny)
-    return Head(own.weight / norm**tau, torch.zeros_like(own.bias), own.normalise)
-
-
-def logit_adjustment(own: Head, class_counts: np.ndarray, tau: float) -> Head:
-    """Post-hoc logit adjustment: argmax_y f_y(x) - tau log pi_y (Menon et al. 2021, arXiv:2007.07314, eq. 9).
-
-    The prior is *subtracted*. At tau = 1, and with f the log-probabilities under the training prior, this is the
-    classifier of the smallest balanced error.
-
-    Args:
-        own: Stage one's classifier.
-        class_counts: Training samples of each class, [C]; pi is their share.
-        tau: 0 is stage one's classifier.
-
-    Raises:
-        UserError: A class has no training sample.
-    """
-    prior = torch.as_tensor(log_prior(class_counts)).to(own.bias)
-    return Head(own.weight.clone(), own.bias - tau * prior, own.normalise)
-
-
-def nearest_class_mean(class_means: Tensor, normalise: bool) -> Head:
-    """Nearest class mean on raw features, by Euclidean distance or by cosine (Kang et al. 2020, arXiv:1910.09217).
-
-    -||x - mu||^2 = 2 mu.x - ||mu||^2 - ||x||^2, whose last term is the same for all classes; and cos(x, mu) is the
-    product of both at unit length. Not standardised: the distances that stage one shaped are kept.
-
-    Args:
-        class_means: mu, [C, D].
-        normalise: Cosine instead of Euclidean.
-    """
-    if normalise:
-        unit = torch.nn.functional.normalize(class_means, dim=1)
-        return Head(unit, unit.new_zeros(len(unit)), normalise=True)
-    return Head(2 * class_means, -class_means.square().sum(dim=1))
-
-
-def log_prior(class_counts: np.ndarray) -> np.ndarray:
-    """Logarithm of the prior, log pi_c, of the training counts [C]; float64.
-
-    Raises:
-        UserError: A class has no training sample, so that its prior has no logarithm.
-    """
-    counts = np.asarray(class_counts, dtype=np.float64)
-    if not (counts > 0).all():
-        raise UserError(
-            f"class {int(np.argmin(counts))} has no training sample, and stage two needs at least one of every class; "
-            "pack the dataset again with images of it, or without the class"
-        )
-    return np.log(counts / counts.sum())
-
-
-def fit_temperature(logits: Tensor, labels: Tensor, bounds: tuple[float, float] = (0.01, 1e4)) -> float:
-    """Temperature T that minimises the NLL of softmax(logits / T) (Guo et al. 2017, arXiv:1706.04599, section 4.2).
-
-    In beta = 1 / T the NLL is convex with derivative mean(E_p[z] - z_y), so bisection on its sign is exact; where
-    every sample is right, or none is, the NLL falls for ever and a bound is the answer.
-
-    Args:
-        logits: z, [N, C].
-        labels: [N].
-        bounds: Smallest and largest T.
-    """
-    z = logits.double()
-    target = z.gather(1, labels[:, None])[:, 0]
-
-    def slope(log_beta: float) -> float:
-        return float(((np.exp(log_beta) * z).softmax(dim=1).mul(z).sum(dim=1) - target).mean())
-
-    low, high = -np.log(bounds[1]), -np.log(bounds[0])
-    for _ in range(60):
-        middle = (low + high) / 2
-        if slope(middle) <= 0:
-            low = middle
-        else:
-            high = middle
-    return float(np.exp(-(low + high) / 2))
 
 
 def save_heads(heads: Mapping[str, Head], metadata: Mapping[str, str] | None = None) -> bytes:

@@ -1,9 +1,8 @@
 """Stage two: many heads on fixed features, trained at once.
 
-SGD (momentum 0.9, cosine to zero) on the softmax cross-entropy of a linear head. Heads that draw their samples in the
-same order (same power, seed and batch size) see the same minibatch at every step, so H heads are one matrix product of
-[H*C, D] with [D, B] forward and one of [H*C, B] with [B, D] backward. Nothing else is shared: an order is a function
-of a head's own knobs, never of its neighbours.
+Heads that draw their samples in the same order (same power, seed and batch size) see the same minibatch at every step
+and are trained as one product (`trainer.head_training`). Nothing else is shared: an order is a function of a head's
+own knobs, never of its neighbours.
 
 The features that SGD sees are standardised and divided by sqrt(D), so that their mean squared length is 1: the
 curvature, and with it the useful range of the learning rate, is then much the same for every backbone. Afterwards the
@@ -14,8 +13,10 @@ Shapes: N training features, D feature, C classes, H heads, B minibatch.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +24,10 @@ from torch import Tensor
 
 from cluster.errors import UserError
 from data_pipeline.sampling import apportion, class_probabilities, generator
-from trainer.heads import TRAINED_FAMILIES, Head, HeadSpec, log_prior, logit_adjustment, nearest_class_mean, tau_norm
+from trainer.closed_forms import log_prior, logit_adjustment, nearest_class_mean, tau_norm
+from trainer.head_training import ManyHeadSgd, bytes_per_head, kind_of
+from trainer.heads import TRAINED_FAMILIES, Head, HeadSpec
 
-MOMENTUM = 0.9
 MEMORY_BYTES = 2 * 2**30
 _CONSTANT_STD = 1e-6  # a feature that varies less does so by float16's rounding only: it is centred, not stretched
 _CHUNK_BYTES = 64 * 2**20
@@ -79,6 +81,15 @@ class TrainingSet:
             return self._held[torch.from_numpy(rows).to(self.device)]
         return self._standardise(self.x[rows])
 
+    def raw(self, rows: np.ndarray) -> Tensor:
+        """Features [B, D] as they are, in the arithmetic's type."""
+        return torch.from_numpy(np.asarray(self.x[rows])).to(self.device, self.dtype)
+
+    def raw_chunks(self) -> Iterator[Tensor]:
+        """All features in order, in pieces of bounded size."""
+        for _, chunk in _chunks(self.x):
+            yield torch.from_numpy(np.array(chunk)).to(self.device, self.dtype)
+
     def fold(self, weight: Tensor, bias: Tensor) -> Head:
         """The head on raw features that equals `weight` [C, D], `bias` [C] on standardised ones."""
         raw = weight.double().cpu() * self.scale
@@ -122,9 +133,9 @@ def train_heads(
 def make_heads(specs: Sequence[HeadSpec], data: TrainingSet, own: Head) -> list[Head]:
     """Make heads: the closed forms directly, the trained ones together wherever they share their minibatches.
 
-    cRT draws from p_c ~ n_c^q and minimises the cross-entropy, from a new classifier (Kang et al. 2020,
-    arXiv:1910.09217, section 4). Balanced softmax draws naturally and minimises the cross-entropy of f(x) + log n
-    (Ren et al. 2020, arXiv:2007.10740, eq. 3). Both start from zero: the problem is convex and needs no random start.
+    cRT (Kang et al. 2020, arXiv:1910.09217, section 4) draws from p_c ~ n_c^q and minimises the cross-entropy, from a
+    new classifier; `progressive` is cRT whose sampling goes from natural to n_c^q. The other families change the
+    objective (`trainer.head_objectives`) or what is learnt (`trainer.head_training`).
 
     Args:
         specs: What is to be made.
@@ -135,29 +146,30 @@ def make_heads(specs: Sequence[HeadSpec], data: TrainingSet, own: Head) -> list[
         A head for each spec, on raw features. None depends on the other specs beyond float rounding.
     """
     heads: list[Head | None] = [None] * len(specs)
-    groups: dict[tuple[float, int, int], list[int]] = {}
+    groups: dict[tuple[Any, ...], list[int]] = {}
     for i, spec in enumerate(specs):
         if spec.family in TRAINED_FAMILIES:
-            groups.setdefault((spec.sampling_power, spec.seed, spec.batch_size), []).append(i)
+            groups.setdefault(shared_by(spec), []).append(i)
         else:
             heads[i] = _closed_form(spec, data, own)
     for members in groups.values():
         members.sort(key=lambda i: -specs[i].epochs)  # heads that are done early leave from the end
-        fitting = heads_that_fit(data, specs[members[0]].batch_size)
+        fitting = heads_that_fit(data, specs[members[0]].batch_size, kind_of(specs[members[0]].family))
         for first in range(0, len(members), fitting):
             together = members[first : first + fitting]
-            for i, head in zip(together, _train_together([specs[i] for i in together], data), strict=True):
+            for i, head in zip(together, _train_together([specs[i] for i in together], data, own), strict=True):
                 heads[i] = head
     return [head for head in heads if head is not None]
 
 
-def heads_that_fit(data: TrainingSet, batch_size: int) -> int:
-    """How many heads may be trained together: weights, velocities and three arrays of logits in half the budget."""
-    bytes_per_head = data.num_classes * (2 * data.dim + 3 * batch_size) * data.dtype.itemsize
-    return max(1, int(data.memory_bytes / 2 / bytes_per_head))
+def heads_that_fit(data: TrainingSet, batch_size: int, kind: str = "linear") -> int:
+    """How many heads may be trained together in half of the budget."""
+    return max(1, int(data.memory_bytes / 2 / bytes_per_head(kind, data, batch_size)))
 
 
-def sample_orders(rows_of_class: list[np.ndarray], power: float, seed: int) -> Iterator[np.ndarray]:
+def sample_orders(
+    rows_of_class: list[np.ndarray], power: float, seed: int, progressive_epochs: int | None = None
+) -> Iterator[np.ndarray]:
     """The order of the samples in epoch 0, 1, ...: N draws each, p_c ~ n_c^q.
 
     Each class gets its share of the draws (p_c * N, rounded fairly), and serves them from shuffled rounds through its
@@ -167,13 +179,19 @@ def sample_orders(rows_of_class: list[np.ndarray], power: float, seed: int) -> I
     Args:
         rows_of_class: Row numbers of each class.
         power: q.
-        seed: Together with `power` it determines everything.
+        seed: Together with the other arguments it determines everything.
+        progressive_epochs: T: in epoch t the probabilities are (1 - t / (T - 1)) natural + t / (T - 1) those of
+            `power` (progressively-balanced sampling; Kang et al. 2020, arXiv:1910.09217, eq. 2). None = no change.
     """
     counts = np.array([len(rows) for rows in rows_of_class])
-    probabilities = class_probabilities(counts, power)
+    final = probabilities = class_probabilities(counts, power)
+    natural = class_probabilities(counts, 1.0)
     rng = generator(seed, "stage two order")
     waiting = [np.empty(0, dtype=np.int64) for _ in rows_of_class]
-    while True:
+    for epoch in itertools.count():
+        if progressive_epochs is not None:
+            share = min(1.0, epoch / max(1, progressive_epochs - 1))
+            probabilities = (1 - share) * natural + share * final
         drawn = []
         for c, share in enumerate(apportion(probabilities, int(counts.sum()), rng)):
             missing = int(share) - len(waiting[c])
@@ -205,6 +223,12 @@ def predict(heads: Sequence[Head], x: np.ndarray, device: str = "cpu") -> np.nda
     return predictions
 
 
+def shared_by(spec: HeadSpec) -> tuple[Any, ...]:
+    """What heads must have in common to be trained together."""
+    progressive_epochs = spec.epochs if spec.family == "progressive" else None
+    return kind_of(spec.family), spec.sampling_power, progressive_epochs, spec.seed, spec.batch_size
+
+
 def _closed_form(spec: HeadSpec, data: TrainingSet, own: Head) -> Head:
     if spec.family == "own":
         return own
@@ -216,60 +240,17 @@ def _closed_form(spec: HeadSpec, data: TrainingSet, own: Head) -> Head:
     return nearest_class_mean(data.class_means, spec.normalise)
 
 
-def _train_together(specs: list[HeadSpec], data: TrainingSet) -> list[Head]:
-    """Train heads that share power, seed and batch size; the longest come first."""
+def _train_together(specs: list[HeadSpec], data: TrainingSet, own: Head) -> list[Head]:
+    """Train heads of one kind that share their minibatches; the longest come first."""
     first = specs[0]
-    sgd = _ManyHeadSgd(specs, data, steps_per_epoch=-(-len(data) // first.batch_size))
-    orders = sample_orders(data.rows_of_class, first.sampling_power, first.seed)
+    sgd = ManyHeadSgd(specs, data, own, steps_per_epoch=-(-len(data) // first.batch_size))
+    progressive_epochs = first.epochs if first.family == "progressive" else None
+    orders = sample_orders(data.rows_of_class, first.sampling_power, first.seed, progressive_epochs)
     for epoch, order in zip(range(first.epochs), orders, strict=False):
         active = sum(spec.epochs > epoch for spec in specs)
         for start in range(0, len(order), first.batch_size):
-            rows = order[start : start + first.batch_size]
-            sgd.step(data.batch(rows), data.labels[torch.from_numpy(rows).to(data.device)], active)
-    return sgd.heads()
-
-
-class _ManyHeadSgd:
-    """SGD as in torch.optim (momentum, L2 penalty, both on weight and bias) for H heads, gradient by hand."""
-
-    def __init__(self, specs: list[HeadSpec], data: TrainingSet, steps_per_epoch: int):
-        heads, classes = len(specs), data.num_classes
-        self.data, self.taken = data, 0
-        self.weight = torch.zeros(heads * classes, data.dim, dtype=data.dtype, device=data.device)
-        self.bias = self.weight.new_zeros(heads * classes, 1)
-        self.weight_velocity, self.bias_velocity = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
-        self.peak_lr = np.array([spec.lr for spec in specs])
-        self.steps = np.array([spec.epochs * steps_per_epoch for spec in specs])
-        decay = self.weight.new_tensor([spec.weight_decay for spec in specs])
-        self.decay = decay.repeat_interleave(classes)[:, None]
-        prior_aware = self.weight.new_tensor([spec.family == "balanced_softmax" for spec in specs])
-        self.offset = prior_aware[:, None, None] * torch.from_numpy(data.log_prior).to(self.weight)[:, None]
-
-    def step(self, x: Tensor, labels: Tensor, active: int) -> None:
-        """One step of the first `active` heads on minibatch x [B, D], labels [B]."""
-        classes, batch = self.data.num_classes, len(x)
-        rows = active * classes
-        weight, bias = self.weight[:rows], self.bias[:rows]
-        logits = torch.addmm(bias, weight, x.T).view(active, classes, batch)
-        # d CE / d logits = softmax - onehot; the mean over the minibatch is taken by the division.
-        grad = (logits + self.offset[:active]).softmax(dim=1)
-        grad.scatter_add_(1, labels.expand(active, 1, batch), grad.new_full((), -1.0).expand(active, 1, batch))
-        grad = grad.view(rows, batch).div_(batch)
-
-        cosine = 0.5 * (1 + np.cos(np.pi * self.taken / self.steps[:active]))
-        lr = torch.from_numpy(self.peak_lr[:active] * cosine).to(weight).repeat_interleave(classes)[:, None]
-        self.weight_velocity[:rows].addmm_(grad, x, beta=MOMENTUM)  # momentum costs no pass over memory of its own
-        self.bias_velocity[:rows].mul_(MOMENTUM).add_(grad.sum(dim=1, keepdim=True))
-        for value, velocity in ((weight, self.weight_velocity[:rows]), (bias, self.bias_velocity[:rows])):
-            velocity.addcmul_(value, self.decay[:rows])
-            value.addcmul_(velocity, lr, value=-1)
-        self.taken += 1
-
-    def heads(self) -> list[Head]:
-        """The heads, on raw features."""
-        classes = self.data.num_classes
-        pairs = zip(self.weight.split(classes), self.bias.squeeze(1).split(classes), strict=True)
-        return [self.data.fold(weight, bias) for weight, bias in pairs]
+            sgd.step(order[start : start + first.batch_size], active)
+    return sgd.finished()
 
 
 def _rows_of_class(labels: np.ndarray, num_classes: int) -> list[np.ndarray]:

@@ -2,54 +2,81 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field, model_validator
 
 from cluster.config import Section
 from trainer.config import TrainerConfig
 
-HeadFamily = Literal["crt", "balanced_softmax", "logit_adjustment", "tau_norm", "nearest_class_mean"]
-ALL_FAMILIES: tuple[HeadFamily, ...] = (
+HeadFamily = Literal[
     "crt",
+    "progressive",
+    "reweighted",
     "balanced_softmax",
+    "logit_adjusted",
+    "label_aware_smoothing",
+    "over_smoothing",
+    "lws",
+    "cosine",
+    "ldam_drw",
     "logit_adjustment",
     "tau_norm",
     "nearest_class_mean",
-)
+]
+ALL_FAMILIES: tuple[HeadFamily, ...] = get_args(HeadFamily)
 
 
 class SpaceConfig(Section):
     """Ranges of the knobs; [low, high]. A family that has no such knob passes it over."""
 
-    power: tuple[float, float] = Field((0.0, 1.0), description="q of cRT's sampling, uniform")
+    power: tuple[float, float] = Field((0.0, 1.0), description="q of the sampling p_c ~ n_c^q, uniform")
     tau: tuple[float, float] = Field((0.0, 2.0), description="tau-norm and logit adjustment, uniform")
     lr: tuple[float, float] = Field(
         (0.1, 30.0), description="SGD on features standardised to a mean squared length of 1, log-uniform"
     )
     weight_decay: tuple[float, float] = Field((1e-6, 1e-2), description="On the same features, log-uniform")
     epochs: tuple[int, int] = Field((5, 30), description="uniform")
+    beta: tuple[float, float] = Field(
+        (0.9, 0.99999), description="Class weights (1 - beta) / (1 - beta^n), log-uniform in 1 - beta"
+    )
+    smoothing: tuple[float, float] = Field(
+        (0.1, 0.5), description="Label-aware smoothing of the commonest class, uniform"
+    )
+    smoothing_tail: tuple[float, float] = Field((0.0, 0.1), description="And of the rarest, uniform")
+    over_smoothing: tuple[float, float] = Field((0.9, 0.99), description="Smoothing of label over-smoothing, uniform")
+    margin: tuple[float, float] = Field((0.1, 0.5), description="LDAM's largest margin, uniform")
+    scale: tuple[float, float] = Field((8.0, 40.0), description="Scale of cosine heads, log-uniform")
 
     @model_validator(mode="after")
     def _ranges_make_sense(self) -> SpaceConfig:
-        for name, lowest, highest in (
-            ("power", 0.0, 1.0),
-            ("tau", 0.0, 100.0),
-            ("lr", 1e-9, 1e9),
-            ("weight_decay", 1e-12, 1.0),
-            ("epochs", 1, 10_000),
-        ):
+        for name, (lowest, highest) in _BOUNDS.items():
             low, high = getattr(self, name)
             if not lowest <= low <= high <= highest:
                 raise ValueError(f"{name} = [{low:g}, {high:g}] must be [low, high] within [{lowest:g}, {highest:g}]")
         return self
 
 
+_BOUNDS = {
+    "power": (0.0, 1.0),
+    "tau": (0.0, 100.0),
+    "lr": (1e-9, 1e9),
+    "weight_decay": (1e-12, 1.0),
+    "epochs": (1, 10_000),
+    "beta": (0.0, 0.9999999),
+    "smoothing": (0.0, 0.999),
+    "smoothing_tail": (0.0, 0.999),
+    "over_smoothing": (0.0, 0.999),
+    "margin": (0.0, 2.0),
+    "scale": (0.01, 1000.0),
+}
+
+
 class StageTwoConfig(Section):
     """The search over heads. Choices are made on val; test is not touched."""
 
     families: tuple[HeadFamily, ...] = Field(ALL_FAMILIES, min_length=1)
-    heads: int = Field(256, ge=1, description="Head configurations tried in all")
+    heads: int = Field(512, ge=1, description="Head configurations tried in all")
     heads_per_trial: int = Field(32, ge=1, description="Heads trained together in one Ray Tune trial")
     batch_size: int = Field(256, ge=1, description="Features a step")
     space: SpaceConfig = SpaceConfig()

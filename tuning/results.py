@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,10 @@ WINNER_FILE = "winner.json"
 HEADS_FILE = "heads.safetensors"
 SCORES = ("balanced_accuracy", "macro_f1", "worst_recall")
 OWN = "own"
+KNOB_TYPES = {
+    field.name: str(field.type) for field in fields(HeadSpec) if field.name not in ("family", "double_correction")
+}
+"""Every knob of every family, in HeadSpec's order, with its type."""
 
 Row = dict[str, Any]
 
@@ -59,11 +63,10 @@ def rank(row: Mapping[str, Any], select_by: str) -> tuple[float, ...]:
 def head_row(number: int, spec: HeadSpec, trial: int | None) -> Row:
     """The row of a head that has not been scored."""
     knobs = spec.knobs()
-    names = ("power", "tau", "normalise", "lr", "weight_decay", "epochs", "batch_size", "seed")
     return {
         "head": number,
         "family": spec.family,
-        **{name: knobs.get(name) for name in names},
+        **{name: knobs.get(name) for name in KNOB_TYPES},
         "trial": trial,
         "status": "failed",
         "score": None,
@@ -130,18 +133,12 @@ def best_by_family(rows: Iterable[Row], select_by: str) -> dict[str, Row]:
 def _schema() -> Any:
     import pyarrow as pa
 
+    arrow = {"float": pa.float64(), "int": pa.int64(), "bool": pa.bool_()}
     return pa.schema(
         [
             ("head", pa.int32()),
             ("family", pa.string()),
-            ("power", pa.float64()),
-            ("tau", pa.float64()),
-            ("normalise", pa.bool_()),
-            ("lr", pa.float64()),
-            ("weight_decay", pa.float64()),
-            ("epochs", pa.int32()),
-            ("batch_size", pa.int32()),
-            ("seed", pa.int64()),
+            *((name, arrow[kind]) for name, kind in KNOB_TYPES.items()),
             ("trial", pa.int32()),
             ("status", pa.string()),
             ("score", pa.float64()),

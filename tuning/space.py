@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from data_pipeline.sampling import generator
-from trainer.heads import TRAINED_FAMILIES, HeadSpec
+from trainer.head_training import kind_of
+from trainer.heads import KNOBS, TRAINED_FAMILIES, HeadSpec
 from tuning.config import HeadFamily, SpaceConfig, StageTwoConfig
 
 GRID_POINTS = 21  # tau in steps of .1 over 0..2, as in Kang et al. 2020
@@ -13,36 +16,54 @@ POWERS = 11  # heads of one power share their minibatches, so powers come from a
 HEADS_PER_POWER = 8
 
 # The published or plainly sensible setting of each knob; moved into the range that is searched where it lies outside.
-DEFAULT_POWER, DEFAULT_TAU, DEFAULT_LR, DEFAULT_WEIGHT_DECAY, DEFAULT_EPOCHS = 0.0, 1.0, 3.0, 1e-4, 10
+DEFAULTS = {
+    "power": 0.0,
+    "tau": 1.0,
+    "lr": 3.0,
+    "weight_decay": 1e-4,
+    "epochs": 10,
+    "beta": 0.9999,
+    "smoothing": 0.4,
+    "smoothing_tail": 0.1,
+    "over_smoothing": 0.98,
+    "margin": 0.5,
+    "scale": 30.0,
+}
+LOGARITHMIC = ("lr", "weight_decay", "scale")
 
 
 def draw_specs(config: StageTwoConfig, seed: int) -> list[HeadSpec]:
     """The heads to try, a pure function of its arguments.
 
     Families in closed form get a grid: 21 values of tau, nearest class mean by Euclidean distance and by cosine; beside
-    trained families at most half the budget, with a coarser grid. Trained families share the rest evenly, their knobs
-    drawn by Latin hypercube. Every family's default is always there: cRT with q = 0, logit adjustment and tau-norm
-    with tau = 1. So there are as many heads as `config.heads` says, or fewer with closed forms alone, or one a family
-    where that is more.
+    trained families at most a quarter of the budget, with a coarser grid. Trained families share the rest evenly, their
+    knobs drawn by Latin hypercube; sampling powers, and the lengths of progressive sampling, come from a grid, so that
+    heads can share their minibatches. Every family's default is always there: cRT with q = 0, logit adjustment and
+    tau-norm with tau = 1. So there are as many heads as `config.heads` says, or fewer with closed forms alone, or one a
+    family where that is more.
 
     Args:
         config: Families, budget and ranges.
         seed: The run's seed.
 
     Returns:
-        Closed forms first; then the trained ones by sampling power, so that neighbours can be trained together.
+        Closed forms first; then the trained ones in an order that puts those side by side which are trained together.
     """
     families = tuple(dict.fromkeys(config.families))
     trained = [family for family in families if family in TRAINED_FAMILIES]
     closed = [family for family in families if family not in TRAINED_FAMILIES]
-    budget = config.heads // 2 if trained else config.heads
+    budget = config.heads // 4 if trained else config.heads
     specs = [spec for family in closed for spec in _closed_form(family, config.space, budget // max(1, len(closed)))]
     left = max(config.heads - len(specs), len(trained))
+    sampled = sum("power" in KNOBS[family] for family in trained)
+    powers = int(np.clip(left * sampled // max(1, len(trained)) // HEADS_PER_POWER, 2, POWERS))
     drawn: list[HeadSpec] = []
     for i, family in enumerate(trained):
         count = left // len(trained) + (i < left % len(trained))
-        drawn += _trained(family, count, config, seed)
-    return specs + sorted(drawn, key=lambda spec: spec.sampling_power)
+        drawn += _trained(family, count, config, powers, seed)
+    return specs + sorted(
+        drawn, key=lambda spec: (kind_of(spec.family), spec.family == "progressive", spec.sampling_power)
+    )
 
 
 def blocks_of(specs: list[HeadSpec], heads_per_trial: int) -> list[list[HeadSpec]]:
@@ -54,44 +75,44 @@ def _closed_form(family: HeadFamily, space: SpaceConfig, budget: int) -> list[He
     if family == "nearest_class_mean":
         return [HeadSpec(family), HeadSpec(family, normalise=True)][: max(1, budget)]
     grid = np.linspace(*space.tau, min(GRID_POINTS, max(1, budget)))
-    default = _within(DEFAULT_TAU, space.tau)
+    default = _within(DEFAULTS["tau"], space.tau)
     grid[np.argmin(np.abs(grid - default))] = default
     return [HeadSpec(family, tau=round(float(tau), 6)) for tau in grid]
 
 
-def _trained(family: HeadFamily, count: int, config: StageTwoConfig, seed: int) -> list[HeadSpec]:
+def _trained(family: HeadFamily, count: int, config: StageTwoConfig, powers: int, seed: int) -> list[HeadSpec]:
     """The default and `count - 1` drawn heads of a trained family."""
-    space, rng = config.space, generator(seed, f"stage two space {family}")
-    default = HeadSpec(
-        family,
-        power=_within(DEFAULT_POWER, space.power),
-        lr=_within(DEFAULT_LR, space.lr),
-        weight_decay=_within(DEFAULT_WEIGHT_DECAY, space.weight_decay),
-        epochs=int(_within(DEFAULT_EPOCHS, space.epochs)),
-        batch_size=config.batch_size,
-        seed=seed,
-    )
-    drawn = count - 1
-    power_grid = np.linspace(*space.power, int(np.clip(drawn // HEADS_PER_POWER, 2, POWERS)))
-    powers = rng.permutation(np.resize(power_grid, drawn))
-    lr = np.exp(_stratified(rng, drawn, *np.log(space.lr)))
-    weight_decay = np.exp(_stratified(rng, drawn, *np.log(space.weight_decay)))
-    epochs = np.floor(_stratified(rng, drawn, space.epochs[0], space.epochs[1] + 1)).astype(int)
-    return [
-        default,
-        *(
-            HeadSpec(
-                family,
-                power=round(float(powers[i]), 6),
-                lr=float(lr[i]),
-                weight_decay=float(weight_decay[i]),
-                epochs=int(min(epochs[i], space.epochs[1])),
-                batch_size=config.batch_size,
-                seed=seed,
-            )
-            for i in range(drawn)
-        ),
-    ]
+    rng = generator(seed, f"stage two space {family}")
+    knobs = [knob for knob in KNOBS[family] if knob in DEFAULTS]
+    values = {knob: _values(family, knob, count - 1, config.space, powers, rng) for knob in knobs}
+    fixed = {"batch_size": config.batch_size, "seed": seed}
+    return [HeadSpec(family, **{knob: values[knob][i] for knob in knobs}, **fixed) for i in range(count)]
+
+
+def _values(
+    family: HeadFamily, knob: str, drawn: int, space: SpaceConfig, powers: int, rng: np.random.Generator
+) -> list[Any]:
+    """A knob's default, and `drawn` values from its range."""
+    name = "over_smoothing" if (family, knob) == ("over_smoothing", "smoothing") else knob
+    low, high = getattr(space, name)
+    default = _within(DEFAULTS[name], (low, high))
+    if knob == "epochs":
+        if family == "progressive":  # its minibatches depend on its length: few lengths, so that heads share them
+            values = rng.permutation(np.resize(np.linspace(low, high, 3), drawn))
+        else:
+            values = np.floor(_stratified(rng, drawn, low, high + 1)).clip(max=high)
+        return [int(default), *(int(value) for value in values)]
+    if knob == "power":
+        if family == "progressive":  # where it ends: as balanced as the range allows
+            return [low] * (1 + drawn)
+        values = rng.permutation(np.resize(np.linspace(low, high, powers).round(6), drawn))
+    elif knob == "beta":
+        values = 1 - np.exp(_stratified(rng, drawn, np.log(1 - high), np.log(1 - low)))
+    elif knob in LOGARITHMIC:
+        values = np.exp(_stratified(rng, drawn, np.log(low), np.log(high)))
+    else:
+        values = _stratified(rng, drawn, low, high)
+    return [default, *values.clip(low, high).tolist()]
 
 
 def _stratified(rng: np.random.Generator, count: int, low: float, high: float) -> np.ndarray:
