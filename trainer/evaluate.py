@@ -7,7 +7,6 @@ Shapes: N test samples, C classes, F features.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,8 @@ from trainer.export import ModelDescription, save_model
 from trainer.extraction import BASELINE, TEST, TRAIN_AND_VAL, extract_features, fetch_checkpoint
 from trainer.features import Features, read_features
 from trainer.heads import FAMILY_NAMES, Head, load_heads
+from trainer.result_table import HeldOutSet, Judged, difference, result_rows
+from trainer.retrieval import retrieval
 from trainer.stage_one import WEIGHTS_FILE, load_classifier
 
 MODEL_FOLDER = "model"
@@ -71,24 +72,24 @@ def evaluate(config: TrainerConfig, dataset: Dataset, run: RunFolder) -> dict[st
     tiers = metrics.class_tiers(
         dataset.class_counts("train"), config.evaluation.many_above, config.evaluation.few_below
     )
-    logits = {c.name: c.head.logits(_float32(c.test)) for c in candidates}
     temperatures = {c.name: fit_temperature(c.head.logits(_float32(c.val)), _labels(c.val)) for c in candidates}
-    predicted = {name: values.argmax(1).numpy() for name, values in logits.items()}
-    rows = [
-        _row(config, c, predicted[c.name], _probabilities(logits[c.name], temperatures[c.name]), tiers)
-        for c in candidates
-    ]
+    judged = {c.name: _judged(c, temperatures[c.name]) for c in candidates}
+    held_out = HeldOutSet(test.labels, test.groups, tiers, config.evaluation.bootstrap_samples, config.seed)
     result = {
         "test": {"samples": len(test), "groups": len(np.unique(test.groups)), "reads": reads},
-        "rows": rows,
+        "rows": result_rows(list(judged.values()), held_out),
         "confusion": {
-            name: metrics.confusion(test.labels, predicted[name], len(tiers)).tolist() for name in ("own", "winner")
+            name: metrics.confusion(test.labels, judged[name].predictions, len(tiers)).tolist()
+            for name in ("own", "winner")
         },
-        "differences": _differences(config, test, predicted),
+        "differences": {
+            f"winner - {DESCRIPTIONS[other]}": difference(judged["winner"], judged[other], held_out)
+            for other in ("baseline", "own")
+            if other in judged
+        },
         "temperature": temperatures["winner"],
     }
-    probabilities = _probabilities(logits["winner"], temperatures["winner"])
-    _write_predictions(run.path(PREDICTIONS_FILE), test, dataset.classes, probabilities)
+    _write_predictions(run.path(PREDICTIONS_FILE), test, dataset.classes, judged["winner"].probabilities)
     _write_model(config, dataset, run, heads[chosen["winner"]], temperatures["winner"])
     run.publish(MODEL_FOLDER)
     run.write_json(METRICS_FILE, result)
@@ -124,46 +125,15 @@ def own_head(checkpoint: Path, config: TrainerConfig, dataset: Dataset) -> Head:
     return Head(classifier.weight.detach().clone(), classifier.bias.detach().clone())
 
 
-def _row(
-    config: TrainerConfig, candidate: Candidate, predicted: np.ndarray, probabilities: np.ndarray, tiers: np.ndarray
-) -> dict[str, Any]:
-    """A row of the table; NaN (a class or tier without test images) becomes None."""
-    labels, groups = candidate.test.labels, candidate.test.groups
-    samples, seed = config.evaluation.bootstrap_samples, config.seed
-    return {
-        "name": candidate.name,
-        "description": candidate.description,
-        "balanced_accuracy": metrics.balanced_accuracy(labels, predicted, len(tiers)),
-        "interval": metrics.bootstrap_interval("balanced_accuracy", labels, predicted, groups, samples, seed),
-        "macro_f1": metrics.macro_f1(labels, predicted, len(tiers)),
-        "worst_recall": metrics.worst_recall(labels, predicted, len(tiers)),
-        "accuracy": metrics.accuracy(labels, predicted, len(tiers)),
-        **{tier: _or_none(recall) for tier, recall in metrics.group_recall(labels, predicted, tiers).items()},
-        "ece": metrics.expected_calibration_error(probabilities, labels),
-        "per_class_recall": [_or_none(r) for r in metrics.per_class_recall(labels, predicted, len(tiers))],
-    }
-
-
-def _differences(config: TrainerConfig, test: Features, predicted: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Balanced accuracy of the winner less that of what it has to beat, with paired 95 % intervals."""
-    differences = {}
-    num_classes = 1 + int(max(test.labels.max(), *(p.max() for p in predicted.values())))
-    for other in ("baseline", "own"):
-        if other not in predicted:
-            continue
-        value = metrics.balanced_accuracy(test.labels, predicted["winner"], num_classes)
-        value -= metrics.balanced_accuracy(test.labels, predicted[other], num_classes)
-        interval = metrics.bootstrap_difference(
-            "balanced_accuracy",
-            test.labels,
-            predicted["winner"],
-            predicted[other],
-            test.groups,
-            config.evaluation.bootstrap_samples,
-            config.seed,
-        )
-        differences[f"winner - {DESCRIPTIONS[other]}"] = {"value": value, "interval": interval}
-    return differences
+def _judged(candidate: Candidate, temperature: float) -> Judged:
+    logits = candidate.head.logits(_float32(candidate.test))
+    return Judged(
+        candidate.name,
+        candidate.description,
+        probabilities=_probabilities(logits, temperature),
+        uncalibrated=_probabilities(logits, 1.0),
+        found=retrieval(candidate.test.x, candidate.test.labels),
+    )
 
 
 def _write_predictions(path: Path, test: Features, classes: tuple[str, ...], probabilities: np.ndarray) -> None:
@@ -207,7 +177,3 @@ def _float32(features: Features) -> Tensor:
 
 def _labels(features: Features) -> Tensor:
     return torch.from_numpy(features.labels)
-
-
-def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)

@@ -1,10 +1,10 @@
-"""Metrics of imbalanced classification and their uncertainty. numpy only.
+"""Metrics of imbalanced classification that follow from decisions. numpy only.
 
-Every metric here follows from three counts a class (`ClassCounts`), so that 1,000 resamples of a bootstrap are a few
-array operations. A class that occurs in no label has no recall and is left out of means; so is, in a resample, a class
-that was not drawn.
+Every metric here follows from three counts a class (`ClassCounts`), so that 1,000 resamples of a bootstrap
+(`trainer.bootstrap`) are a few array operations. A class that occurs in no label has no recall and is left out of
+means; so is, in a resample, a class that was not drawn.
 
-Shapes: N samples, C classes, G groups, S resamples.
+Shapes: N samples, C classes, S weightings of the samples.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from cluster.errors import UserError
 
 Array = np.ndarray[Any, Any]
 TIERS = ("many", "medium", "few")
-RESAMPLE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -85,6 +84,17 @@ def class_counts(labels: Array, predictions: Array, num_classes: int) -> ClassCo
     _check_classes(num_classes, labels=labels, predictions=predictions)
     hits = labels[labels == predictions]
     return ClassCounts(*(np.bincount(x, minlength=num_classes) for x in (hits, labels, predictions)))
+
+
+def weighted_counts(labels: Array, predictions: Array, num_classes: int, weights: Array) -> ClassCounts:
+    """`class_counts` where sample n counts `weights[s, n]` times, [S, C] each."""
+    _check_classes(num_classes, labels=labels, predictions=predictions)
+    hits = labels == predictions
+    return ClassCounts(
+        _sum_by_class(weights[:, hits], labels[hits], num_classes),
+        _sum_by_class(weights, labels, num_classes),
+        _sum_by_class(weights, predictions, num_classes),
+    )
 
 
 def balanced_accuracy(labels: Array, predictions: Array, num_classes: int) -> float:
@@ -180,91 +190,6 @@ def group_recall(labels: Array, predictions: Array, tiers: Array) -> dict[str, f
     return {tier: float(mean_recall_of(tiers == tier)(counts)) for tier in TIERS}
 
 
-def expected_calibration_error(probabilities: Array, labels: Array, bins: int = 15) -> float:
-    """Mean gap between confidence and accuracy over equal bins of confidence, weighted by their samples.
-
-    Guo et al., On Calibration of Modern Neural Networks, ICML 2017 (arXiv 1706.04599), eq. 3. Bin m holds the samples
-    whose largest probability is in ((m - 1) / bins, m / bins].
-
-    Args:
-        probabilities: [N, C], rows sum to 1.
-        labels: [N].
-        bins: M of the paper.
-    """
-    confidence = probabilities.max(1).astype(np.float64)
-    correct = probabilities.argmax(1) == labels
-    # Inner edges only: confidence 0 falls into the first bin and a rounded 1.0000001 into the last.
-    which = np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], confidence, side="left")
-    gaps = np.bincount(which, weights=correct - confidence, minlength=bins)
-    return float(np.abs(gaps).sum() / len(labels))
-
-
-def bootstrap_interval(
-    metric: str | CountMetric, labels: Array, predictions: Array, groups: Array, samples: int, seed: int
-) -> tuple[float, float]:
-    """95 % percentile interval of a metric by resampling whole groups with replacement.
-
-    Pictures of one lesion or patient are not independent: drawing them together keeps the interval honest. (Efron and
-    Tibshirani 1993, ch. 13; resampling clusters: Davison and Hinkley 1997, sec. 3.8.) Classes that are absent in a
-    resample are left out of its mean; a resample in which the metric is undefined is left out of the interval.
-
-    Args:
-        metric: A name in `COUNT_METRICS`, or a function of counts such as `mean_recall_of` returns.
-        labels: [N].
-        predictions: [N].
-        groups: [N], anything that numpy can sort; samples of one group are drawn together.
-        samples: S.
-        seed: The same seed gives the same resamples.
-
-    Returns:
-        (low, high), NaN where the metric is undefined in every resample.
-    """
-    return _interval(_bootstrap(metric, labels, [predictions], groups, samples, seed)[0])
-
-
-def bootstrap_difference(
-    metric: str | CountMetric,
-    labels: Array,
-    predictions: Array,
-    baseline: Array,
-    groups: Array,
-    samples: int,
-    seed: int,
-) -> tuple[float, float]:
-    """95 % percentile interval of metric(predictions) - metric(baseline) on the same samples.
-
-    Paired: both are computed on each resample, so that what makes a resample hard for both cancels out. `baseline` [N]
-    are the other model's predictions; the rest is as in `bootstrap_interval`.
-    """
-    ours, theirs = _bootstrap(metric, labels, [predictions, baseline], groups, samples, seed)
-    return _interval(ours - theirs)
-
-
-def _bootstrap(
-    metric: str | CountMetric, labels: Array, predictions: list[Array], groups: Array, samples: int, seed: int
-) -> list[Array]:
-    """The metric of each resample, [S] for each vector of predictions; all see the same resamples."""
-    of_counts = COUNT_METRICS[metric] if isinstance(metric, str) else metric
-    num_classes = 1 + max(int(x.max()) for x in (labels, *predictions))
-    _check_classes(num_classes, labels=labels, **{f"predictions {i}": x for i, x in enumerate(predictions)})
-    names, group_of_sample = np.unique(groups, return_inverse=True)
-    rng = np.random.default_rng(seed)
-    # Chunks bound the memory of the [S, N] weights; the generator's sequence does not depend on them.
-    chunk = max(1, RESAMPLE_BYTES // (8 * max(len(labels), len(names))))
-    values: list[list[Array]] = [[] for _ in predictions]
-    for start in range(0, samples, chunk):
-        size = min(chunk, samples - start)
-        draws = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=size)
-        weights = draws[:, group_of_sample]  # [S, N], how often each sample is in each resample
-        labelled = _sum_by_class(weights, labels, num_classes)
-        for vector, of_vector in zip(predictions, values, strict=True):
-            hits = vector == labels
-            correct = _sum_by_class(weights[:, hits], labels[hits], num_classes)
-            predicted = _sum_by_class(weights, vector, num_classes)
-            of_vector.append(of_counts(ClassCounts(correct, labelled, predicted)))
-    return [np.concatenate(v) for v in values]
-
-
 def _sum_by_class(weights: Array, classes: Array, num_classes: int) -> Array:
     """[S, N] -> [S, C]: sums over the samples of each class, at a cost that does not depend on C."""
     sums = np.zeros((len(weights), num_classes), weights.dtype)
@@ -273,14 +198,6 @@ def _sum_by_class(weights: Array, classes: Array, num_classes: int) -> Array:
         present, starts = np.unique(classes[order], return_index=True)
         sums[:, present] = np.add.reduceat(weights[:, order], starts, axis=1)
     return sums
-
-
-def _interval(values: Array) -> tuple[float, float]:
-    values = values[~np.isnan(values)]
-    if not len(values):
-        return float("nan"), float("nan")
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)
 
 
 def _ratio(numerator: Array, denominator: Array, otherwise: float) -> Array:
