@@ -143,11 +143,11 @@ class TestSpace:
 
 
 class TestSearch:
-    config = StageTwoConfig(heads=60, heads_per_trial=16, families=("crt", "ldam_drw", *CLOSED))
+    config = StageTwoConfig(heads=60, heads_per_trial=16, families=("crt", "ldam_drw", *CLOSED), folds=1)
 
     @pytest.fixture(scope="class")
     def result(self, ray_session, features, own, tmp_path_factory):
-        return search_heads(features, own, COUNTS, self.config, 0, str(tmp_path_factory.mktemp("search")))
+        return search_heads(features, own, NUM_CLASSES, self.config, 0, str(tmp_path_factory.mktemp("search")))
 
     def test_every_head_has_a_row_with_its_knobs(self, result):
         specs = draw_specs(self.config, 0)
@@ -176,11 +176,20 @@ class TestSearch:
             predicted = head.logits(torch.from_numpy(val)).argmax(dim=1).numpy()
             score = METRICS["balanced_accuracy"](labels, predicted, NUM_CLASSES)
             assert score == pytest.approx(result.best_row(family)["score"], abs=1e-12)
-            assert score == max(row["score"] for row in result.rows if row["family"] == family)
+            assert result.best_row(family)["temperature"] > 0
 
-    def test_the_winner_is_the_best_and_beats_stage_one_s_classifier(self, result):
+    def test_the_winner_has_the_highest_lower_bound_of_the_finalists(self, result):
         best = result.best_row(result.winner)
-        assert best["score"] == max(row["score"] for row in result.rows)
+        bounds = {row["head"]: row["lower_bound"] for row in result.rows if row["lower_bound"] is not None}
+        assert len(bounds) == self.config.finalists
+        assert bounds[best["head"]] == max(bounds.values()) < best["seeds_score"]
+        for row in result.rows:
+            if row["lower_bound"] is not None and row["family"] in ("crt", "ldam_drw"):
+                assert row["seeds"] == self.config.seeds
+
+    def test_the_winner_beats_stage_one_s_classifier_by_more_than_luck(self, result):
+        best = result.best_row(result.winner)
+        assert 0 < result.luck < best["score"] - result.best_row("own")["score"]
         assert best["score"] > result.best_row("own")["score"] + 0.03
 
     def test_logit_adjustment_with_tau_zero_is_stage_one_s_classifier(self, result):
@@ -201,17 +210,17 @@ class TestSearch:
             def step(self):
                 raise AssertionError("run again")
 
-        first = search_heads(features, own, COUNTS, self.config, 0, f"{moto_s3}/search")
-        again = search_heads(features, own, COUNTS, self.config, 0, f"{moto_s3}/search", trial=Never)
+        first = search_heads(features, own, NUM_CLASSES, self.config, 0, f"{moto_s3}/search")
+        again = search_heads(features, own, NUM_CLASSES, self.config, 0, f"{moto_s3}/search", trial=Never)
         assert again.rows == first.rows == result.rows and again.winner == first.winner
 
     def test_missing_features_are_named(self, own, tmp_path):
         with pytest.raises(UserError, match=rf"features {tmp_path} hold no features.json"):
-            search_heads(tmp_path, own, COUNTS, self.config, 0, str(tmp_path / "search"))
+            search_heads(tmp_path, own, NUM_CLASSES, self.config, 0, str(tmp_path / "search"))
 
 
 class TestTrialsThatDie:
-    config = StageTwoConfig(heads=24, heads_per_trial=8, families=TRAINED)
+    config = StageTwoConfig(heads=24, heads_per_trial=8, families=TRAINED, seeds=1)
 
     def test_a_killed_trial_is_tried_again(self, ray_session, features, own, tmp_path, monkeypatch):
         class KilledOnce(BlockTrial):
@@ -223,8 +232,8 @@ class TestTrialsThatDie:
                 return super().step()
 
         monkeypatch.chdir(tmp_path)  # trials work in a folder of their own: a relative path must not be theirs
-        result = search_heads(features, own, COUNTS, self.config, 0, "runs/search", trial=KilledOnce)
-        assert len(list(tmp_path.glob("runs/search/*/blocks/*.safetensors"))) == 3
+        result = search_heads(features, own, NUM_CLASSES, self.config, 0, "runs/search", trial=KilledOnce)
+        assert len(list(tmp_path.glob("runs/search/heads-*/blocks/*.safetensors"))) == 3
         assert (tmp_path / "killed-1").exists()
         assert all(row["status"] == "done" for row in result.rows)
 
@@ -237,7 +246,7 @@ class TestTrialsThatDie:
                     raise RuntimeError("no such luck")
                 return super().step()
 
-        result = search_heads(features, own, COUNTS, self.config, 0, str(tmp_path), trial=AlwaysFails)
+        result = search_heads(features, own, NUM_CLASSES, self.config, 0, str(tmp_path), trial=AlwaysFails)
         assert (tmp_path / "tries").read_text() == "xx"
         failed = [row for row in result.rows if row["status"] == "failed"]
         assert [row["trial"] for row in failed] == [1] * 8
@@ -247,7 +256,7 @@ class TestTrialsThatDie:
         assert read_results(tmp_path / "out").rows == result.rows
         assert json.loads((tmp_path / "out" / "winner.json").read_text())["failed"] == 8
 
-        mended = search_heads(features, own, COUNTS, self.config, 0, str(tmp_path))
+        mended = search_heads(features, own, NUM_CLASSES, self.config, 0, str(tmp_path))
         assert all(row["status"] == "done" for row in mended.rows)
 
     def test_when_all_die_the_first_reason_is_said(self, ray_session, features, own, tmp_path):
@@ -257,10 +266,17 @@ class TestTrialsThatDie:
 
         config = StageTwoConfig(heads=2, families=TRAINED)
         with pytest.raises(UserError, match="all 1 trials of the search failed, the first with: RuntimeError: the"):
-            search_heads(features, own, COUNTS, config, 0, str(tmp_path), trial=AllFail)
+            search_heads(features, own, NUM_CLASSES, config, 0, str(tmp_path), trial=AllFail)
 
 
-SLOW = {"heads": 48, "heads_per_trial": 3, "families": list(TRAINED), "space": {"epochs": [300, 300]}}
+SLOW = {
+    "heads": 48,
+    "heads_per_trial": 3,
+    "families": list(TRAINED),
+    "space": {"epochs": [300, 300]},
+    "folds": 1,
+    "seeds": 1,
+}
 
 DRIVER = """
 import sys, ray
@@ -273,7 +289,7 @@ search_slowly(features, storage)
 
 def search_slowly(features, storage):
     own = Head(torch.ones(NUM_CLASSES, DIM), torch.zeros(NUM_CLASSES))
-    return search_heads(features, own, COUNTS, parse_config(StageTwoConfig, SLOW, "slow"), 0, storage)
+    return search_heads(features, own, NUM_CLASSES, parse_config(StageTwoConfig, SLOW, "slow"), 0, storage)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
@@ -284,7 +300,7 @@ def test_a_stopped_search_goes_on_without_its_finished_trials(ray_session, featu
     command = [sys.executable, "-c", DRIVER, address, str(features), str(tmp_path)]
     driver = subprocess.Popen(command, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
-    while len(list(tmp_path.glob("*/blocks/*.safetensors"))) < 3:
+    while len(list(tmp_path.glob("heads-*/blocks/*.safetensors"))) < 3:
         assert driver.poll() is None and time.monotonic() < deadline, driver.stderr.read()
         time.sleep(0.01)
     driver.send_signal(how)
@@ -292,10 +308,10 @@ def test_a_stopped_search_goes_on_without_its_finished_trials(ray_session, featu
     assert driver.returncode == -signal.SIGKILL or (how == signal.SIGINT and b"KeyboardInterrupt" in errors)
 
     time.sleep(1)  # Ray's workers notice that their driver is gone
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/blocks/*.safetensors")}
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("heads-*/blocks/*.safetensors")}
     assert 3 <= len(before) < 16
     result = search_slowly(str(features), str(tmp_path))
-    after = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/blocks/*.safetensors")}
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.glob("heads-*/blocks/*.safetensors")}
     assert len(after) == 16 and before.items() <= after.items()
     assert [row["status"] for row in result.rows] == ["done"] * 49
 
@@ -307,12 +323,12 @@ class TestChoice:
 
     def test_ties_go_to_the_other_metrics_and_then_to_the_first(self):
         rows = [self.row(1, 0.6), self.row(2, 0.7), self.row(3, 0.7, f1=0.6), self.row(4, 0.7, f1=0.6)]
-        assert max(rows, key=lambda row: rank(row, "balanced_accuracy"))["head"] == 3
-        assert max(rows[::-1], key=lambda row: rank(row, "balanced_accuracy"))["head"] == 3
+        assert max(rows, key=rank)["head"] == 3
+        assert max(rows[::-1], key=rank)["head"] == 3
 
     def test_a_failed_head_never_wins(self):
         failed = self.row(1, None, status="failed")
-        assert max([failed, self.row(2, 0.0)], key=lambda row: rank(row, "balanced_accuracy"))["head"] == 2
+        assert max([failed, self.row(2, 0.0)], key=rank)["head"] == 2
 
     def test_unfinished_or_damaged_results_are_named(self, tmp_path):
         with pytest.raises(UserError, match=rf"search {tmp_path} holds no winner.json, so it is not finished; run"):

@@ -38,12 +38,12 @@ DESCRIPTIONS = {"baseline": "plain cross-entropy", **FAMILY_NAMES}
 
 @dataclass(frozen=True)
 class Candidate:
-    """One row of the result table before its figures: a head, and the features that it works on."""
+    """One row of the result table before its figures: a head, its temperature, the features that it works on."""
 
     name: str
     description: str
     head: Head
-    val: Features
+    temperature: float
     test: Features
 
 
@@ -66,14 +66,14 @@ def evaluate(config: TrainerConfig, dataset: Dataset, run: RunFolder) -> dict[st
     heads = load_heads(run.fetch("stage_two") / "heads.safetensors")
     reads = (run.read_json(READS_FILE) or 0) + 1
     run.write_json(READS_FILE, reads)
-    candidates = _candidates(config, dataset, run, heads, chosen["winner"])
+    candidates = _candidates(config, dataset, run, heads, chosen)
 
     test = candidates[0].test
     tiers = metrics.class_tiers(
         dataset.class_counts("train"), config.evaluation.many_above, config.evaluation.few_below
     )
-    temperatures = {c.name: fit_temperature(c.head.logits(_float32(c.val)), _labels(c.val)) for c in candidates}
-    judged = {c.name: _judged(c, temperatures[c.name]) for c in candidates}
+    temperature = next(c.temperature for c in candidates if c.name == "winner")
+    judged = {c.name: _judged(c) for c in candidates}
     held_out = HeldOutSet(test.labels, test.groups, tiers, config.evaluation.bootstrap_samples, config.seed)
     result = {
         "test": {"samples": len(test), "groups": len(np.unique(test.groups)), "reads": reads},
@@ -87,35 +87,34 @@ def evaluate(config: TrainerConfig, dataset: Dataset, run: RunFolder) -> dict[st
             for other in ("baseline", "own")
             if other in judged
         },
-        "temperature": temperatures["winner"],
+        "temperature": temperature,
     }
     _write_predictions(run.path(PREDICTIONS_FILE), test, dataset.classes, judged["winner"].probabilities)
-    _write_model(config, dataset, run, heads[chosen["winner"]], temperatures["winner"])
+    _write_model(config, dataset, run, heads[chosen["winner"]], temperature)
     run.publish(MODEL_FOLDER)
     run.write_json(METRICS_FILE, result)
     return result
 
 
 def _candidates(
-    config: TrainerConfig, dataset: Dataset, run: RunFolder, heads: dict[str, Head], winner: str
+    config: TrainerConfig, dataset: Dataset, run: RunFolder, heads: dict[str, Head], chosen: dict[str, Any]
 ) -> list[Candidate]:
     """The rows of the table, in order: the baseline, stage one's own classifier, a head of each family, the winner."""
     candidates = []
     wanted = (TRAIN_AND_VAL, TEST, BASELINE) if config.evaluation.baseline else (TRAIN_AND_VAL, TEST)
-    chosen_on, tested_on, *baseline = extract_features(config, dataset, run, *wanted)
+    _, tested_on, *baseline = extract_features(config, dataset, run, *wanted)
     if baseline:
         val, test = read_features(baseline[0], "val"), read_features(baseline[0], "test")
-        head = own_head(
-            fetch_checkpoint(run, run.need_json("baseline/result.json", "rarelens stage-one")["checkpoint"]),
-            config,
-            dataset,
-        )
-        candidates.append(Candidate("baseline", DESCRIPTIONS["baseline"], head, val, test))
-    val, test = read_features(chosen_on, "val"), read_features(tested_on, "test")
+        trained = run.need_json("baseline/result.json", "rarelens stage-one")
+        head = own_head(fetch_checkpoint(run, trained["checkpoint"]), config, dataset)
+        temperature = fit_temperature(head.logits(_float32(val)), torch.from_numpy(val.labels))
+        candidates.append(Candidate("baseline", DESCRIPTIONS["baseline"], head, temperature, test))
+    test, temperatures, winner = read_features(tested_on, "test"), chosen["temperatures"], chosen["winner"]
     # The table's order is the order of DESCRIPTIONS, whatever the order in the file.
-    ordered = sorted(heads, key=list(DESCRIPTIONS).index)
-    candidates += [Candidate(name, DESCRIPTIONS[name], heads[name], val, test) for name in ordered]
-    candidates.append(Candidate("winner", f"winner: {DESCRIPTIONS[winner]}", heads[winner], val, test))
+    for name in sorted(heads, key=list(DESCRIPTIONS).index):
+        candidates.append(Candidate(name, DESCRIPTIONS[name], heads[name], temperatures[name], test))
+    described = f"winner: {DESCRIPTIONS[winner]}"
+    candidates.append(Candidate("winner", described, heads[winner], temperatures[winner], test))
     return candidates
 
 
@@ -125,12 +124,12 @@ def own_head(checkpoint: Path, config: TrainerConfig, dataset: Dataset) -> Head:
     return Head(classifier.weight.detach().clone(), classifier.bias.detach().clone())
 
 
-def _judged(candidate: Candidate, temperature: float) -> Judged:
+def _judged(candidate: Candidate) -> Judged:
     logits = candidate.head.logits(_float32(candidate.test))
     return Judged(
         candidate.name,
         candidate.description,
-        probabilities=_probabilities(logits, temperature),
+        probabilities=_probabilities(logits, candidate.temperature),
         uncalibrated=_probabilities(logits, 1.0),
         found=retrieval(candidate.test.x, candidate.test.labels),
     )
@@ -173,7 +172,3 @@ def _probabilities(logits: Tensor, temperature: float) -> np.ndarray:
 
 def _float32(features: Features) -> Tensor:
     return torch.from_numpy(features.x.astype(np.float32))
-
-
-def _labels(features: Features) -> Tensor:
-    return torch.from_numpy(features.labels)

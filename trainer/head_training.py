@@ -16,7 +16,7 @@ Shapes: N training features, D feature, C classes, H heads, A of them active, B 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -64,9 +64,8 @@ class ManyHeadSgd:
 
     def __init__(self, specs: Sequence[HeadSpec], data: TrainingSet, own: Head, steps_per_epoch: int):
         kind = kind_of(specs[0].family)
-        self._heads: Heads = {"linear": LinearHeads, "cosine": CosineHeads, "scaled": ScaledHeads}[kind](
-            specs, data, own
-        )
+        kinds: dict[str, Callable[..., Heads]] = {"linear": LinearHeads, "cosine": CosineHeads, "scaled": ScaledHeads}
+        self._heads = kinds[kind](specs, data, own)
         like = torch.empty(0, dtype=data.dtype, device=data.device)
         self._objective = Objective(specs, data.class_counts, like)
         self._data, self._taken = data, 0

@@ -146,16 +146,21 @@ class Head:
         return torch.addmm(self.bias, x, self.weight.T)
 
 
-def save_heads(heads: Mapping[str, Head], metadata: Mapping[str, str] | None = None) -> bytes:
+def save_heads(
+    heads: Mapping[str, Head],
+    metadata: Mapping[str, str] | None = None,
+    extra: Mapping[str, Tensor] | None = None,
+) -> bytes:
     """Heads by name -> bytes of a safetensors file with `NAME.weight`, `NAME.bias`.
 
     Args:
         heads: The heads.
         metadata: Further strings for the file's header.
+        extra: Further tensors.
     """
     from safetensors.torch import save
 
-    tensors = {}
+    tensors = dict(extra or {})
     for name, head in heads.items():
         tensors[f"{name}.weight"] = head.weight.contiguous()
         tensors[f"{name}.bias"] = head.bias.contiguous()

@@ -27,6 +27,7 @@ from data_pipeline.sampling import apportion, class_probabilities, generator
 from trainer.closed_forms import log_prior, logit_adjustment, nearest_class_mean, tau_norm
 from trainer.head_training import ManyHeadSgd, bytes_per_head, kind_of
 from trainer.heads import TRAINED_FAMILIES, Head, HeadSpec
+from trainer.stacked import StackedRows
 
 MEMORY_BYTES = 2 * 2**30
 _CONSTANT_STD = 1e-6  # a feature that varies less does so by float16's rounding only: it is centred, not stretched
@@ -51,7 +52,7 @@ class TrainingSet:
 
     def __init__(
         self,
-        x: np.ndarray,
+        x: np.ndarray | StackedRows,
         labels: np.ndarray,
         class_counts: np.ndarray,
         *,
@@ -265,7 +266,7 @@ def _rows_of_class(labels: np.ndarray, num_classes: int) -> list[np.ndarray]:
     return np.split(order, np.cumsum(sizes)[:-1])
 
 
-def _chunks(x: np.ndarray, bytes_per_row: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
+def _chunks(x: np.ndarray | StackedRows, bytes_per_row: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
     """(first row, rows) of bounded size, counted in float64."""
     step = max(1, _CHUNK_BYTES // (bytes_per_row or 8 * x.shape[1]))
     for start in range(0, len(x), step):

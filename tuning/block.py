@@ -1,13 +1,18 @@
 """A block of heads: what one Ray Tune trial makes, scores on val and leaves behind.
 
-A finished block is one file, `blocks/NUMBER.safetensors`: the best head of each family in it, and in the header a row
-for each of its heads. These files, not Tune's own state, say what is done: Tune writes its state every ten seconds or
-more rarely, so after a kill `Tuner.restore` would run finished trials again.
+A finished block is one file, `blocks/NUMBER.safetensors`: what its heads say about each sample of val, or, where the
+chosen heads are made, these heads; in the header a row for each of its heads. These files, not Tune's own state, say
+what is done: Tune writes its state every ten seconds or more rarely, so after a kill `Tuner.restore` would run finished
+trials again.
+
+With K folds a head is trained K times, on train and the other folds of val, and what it says about a sample of val
+comes from the one time that it did not see it. The chosen heads are then trained on train and all of val.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +20,19 @@ from typing import Any
 import numpy as np
 import torch
 from ray import tune
+from safetensors import SafetensorError
+from safetensors.torch import load
 
 from cluster.errors import UserError
 from cluster.storage import open_storage
-from trainer.features import Features, read_features
+from trainer.closed_forms import fit_temperature
+from trainer.features import read_features
 from trainer.heads import Head, HeadSpec, parse_heads, save_heads
-from trainer.metrics import METRICS
+from trainer.stacked import StackedRows
 from trainer.stage_two import TrainingSet, make_heads, predict
-from tuning.results import SCORES, Row, best_by_family, head_row
+from tuning.choice import Judge
+from tuning.folds import assign_folds
+from tuning.results import SCORES, Row, head_row
 
 BLOCKS = "blocks/"
 
@@ -35,19 +45,23 @@ class Job:
         features_folder: Features of train and val, at a path that every trial reaches.
         blocks: The heads of each block.
         own: Stage one's classifier on raw features.
-        class_counts: Training samples of each class, [C].
+        num_classes: C.
         select_by: Metric by which heads are compared.
+        folds: K; 1 = heads are trained on train alone.
         storage_uri: Where block files go.
         device: `cpu` or `cuda`.
+        keep: Leave the heads themselves, trained on all that may be trained on, with their temperatures.
     """
 
     features_folder: str
     blocks: list[list[HeadSpec]]
     own: Head
-    class_counts: np.ndarray
+    num_classes: int
     select_by: str
+    folds: int
     storage_uri: str
     device: str = "cpu"
+    keep: bool = False
 
     def first_head(self, block: int) -> int:
         """Number of a block's first head; head 0 is stage one's own."""
@@ -59,48 +73,103 @@ class Job:
         return [head_row(first + i, spec, block) for i, spec in enumerate(self.blocks[block])]
 
 
-def make_block(job: Job, block: int, train: TrainingSet, val: Features) -> list[Row]:
+@dataclass(frozen=True)
+class Block:
+    """What a finished block holds.
+
+    Attributes:
+        rows: A row a head.
+        predictions: What each head says about val, int32 [H, N].
+        heads: The heads, where the job keeps them.
+    """
+
+    rows: list[Row]
+    predictions: np.ndarray
+    heads: list[Head]
+
+
+class Data:
+    """The features that heads are trained on and judged by, opened once a process."""
+
+    def __init__(self, job: Job):
+        self.val = read_features(job.features_folder, "val")
+        train = read_features(job.features_folder, "train")
+        fold = assign_folds(self.val.labels, self.val.groups, job.folds)
+        self.held_out = [np.flatnonzero(fold == k) for k in range(job.folds)]
+
+        def training_set(rows: np.ndarray) -> TrainingSet:
+            """Train, and these rows of val."""
+            x = StackedRows([(train.x, None), (self.val.x, rows)]) if len(rows) else train.x
+            labels = np.concatenate([train.labels, self.val.labels[rows]])
+            counts = np.bincount(labels, minlength=job.num_classes)
+            return TrainingSet(x, labels, counts, device=job.device)
+
+        nothing = np.empty(0, dtype=np.int64)
+        # With one fold val is held out as a whole.
+        self.sets = [training_set(np.flatnonzero(fold != k) if job.folds > 1 else nothing) for k in range(job.folds)]
+        self.all = training_set(np.arange(len(fold)) if job.folds > 1 else nothing) if job.keep else None
+
+
+def make_block(job: Job, block: int, data: Data) -> list[Row]:
     """Make and score the heads of a block, and write its file.
 
     Returns:
         Its rows.
     """
-    heads = make_heads(job.blocks[block], train, job.own)
-    rows = job.rows(block)
-    score_heads(rows, heads, val, job)
-    first = job.first_head(block)
-    best = {family: heads[row["head"] - first] for family, row in best_by_family(rows, job.select_by).items()}
-    best = {family: Head(head.weight.cpu(), head.bias.cpu(), head.normalise) for family, head in best.items()}
-    open_storage(job.storage_uri).write(_path(block), save_heads(best, {"rows": json.dumps(rows)}))
+    specs, rows = job.blocks[block], job.rows(block)
+    predictions = np.zeros((len(specs), len(data.val)), dtype=np.int32)
+    logits = [torch.zeros(len(data.val), job.num_classes) for _ in specs] if job.keep else []
+    sound = np.ones(len(specs), dtype=bool)
+    for training_set, held_out in zip(data.sets, data.held_out, strict=True):
+        heads = make_heads(specs, training_set, job.own)
+        sound &= [_is_finite(head) for head in heads]
+        x = data.val.x[held_out]
+        predictions[:, held_out] = predict(heads, x, job.device)
+        for out, head in zip(logits, heads, strict=False):
+            out[torch.from_numpy(held_out)] = head.logits(torch.from_numpy(x)).float().cpu()
+    judge = Judge(data.val.labels, data.val.groups, job.num_classes, job.select_by)
+    fill_scores(rows, predictions, sound, judge)
+    final: list[Head] = []
+    if data.all is not None:
+        final = [_on_cpu(head) for head in make_heads(specs, data.all, job.own)]
+        labels = torch.from_numpy(data.val.labels)
+        for row, out in zip(rows, logits, strict=True):
+            row["temperature"] = fit_temperature(out, labels) if row["status"] == "done" else None
+    _write(job, block, Block(rows, predictions, final))
     return rows
 
 
-def score_heads(rows: list[Row], heads: list[Head], val: Features, job: Job) -> None:
-    """Fill status and scores of `rows` from what `heads` predict on val; a head that is not finite has diverged."""
-    predictions = predict(heads, val.x, job.device)
-    for row, head, predicted in zip(rows, heads, predictions, strict=True):
-        if not (torch.isfinite(head.weight).all() and torch.isfinite(head.bias).all()):
+def fill_scores(rows: Sequence[Row], predictions: np.ndarray, sound: np.ndarray, judge: Judge) -> None:
+    """Fill status and scores of `rows`; a head that is not finite has diverged."""
+    by_metric = {
+        name: Judge(judge.labels, judge.groups, judge.num_classes, name).scores(predictions) for name in SCORES
+    }
+    for i, row in enumerate(rows):
+        if not sound[i]:
             row["status"] = "diverged"
             continue
-        scores = {name: float(METRICS[name](val.labels, predicted, len(job.class_counts))) for name in SCORES}
-        row.update(scores, status="done", score=scores[job.select_by])
+        scores = {name: float(by_metric[name][i]) for name in SCORES}
+        row.update(scores, status="done", score=scores[judge.select_by])
 
 
-def read_block(job: Job, block: int) -> tuple[list[Row], dict[str, Head]]:
-    """Rows and best heads of a finished block.
+def read_block(job: Job, block: int) -> Block:
+    """A finished block.
 
     Raises:
         UserError: Its file is damaged.
     """
+    path = _path(block)
     try:
-        heads, metadata = parse_heads(open_storage(job.storage_uri).read(_path(block)))
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
+        data = open_storage(job.storage_uri).read(path)
+        heads, metadata = parse_heads(data)
+        predictions = load(data)["predictions"].numpy()
+        return Block(json.loads(metadata["rows"]), predictions, [heads[str(i)] for i in range(len(heads))])
+    except UserError:
+        raise
+    except (ValueError, KeyError, SafetensorError) as error:
         raise UserError(
-            f"search result {job.storage_uri}/{_path(block)} is damaged ({error}); delete it and run again"
+            f"search result {job.storage_uri}/{path} is damaged ({error}); delete it and run again"
         ) from None
-    return json.loads(metadata["rows"]), heads
 
 
 def finished_blocks(storage_uri: str) -> set[int]:
@@ -117,9 +186,7 @@ class BlockTrial(tune.Trainable):
         self.job = job
         if job.device == "cpu":
             torch.set_num_threads(1)  # a trial has one core
-        train = read_features(job.features_folder, "train")
-        self.train_set = TrainingSet(train.x, train.labels, job.class_counts, device=job.device)
-        self.val = read_features(job.features_folder, "val")
+        self.data = Data(job)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """The next block needs nothing anew."""
@@ -127,7 +194,7 @@ class BlockTrial(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """Make the block; the report only feeds the progress bar."""
-        rows = make_block(self.job, self.config["block"], self.train_set, self.val)
+        rows = make_block(self.job, self.config["block"], self.data)
         scores = [row["score"] for row in rows if row["status"] == "done"]
         return {"heads": len(rows), "best": max(scores, default=0.0), "done": True}
 
@@ -137,6 +204,21 @@ class BlockTrial(tune.Trainable):
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
         """See `save_checkpoint`."""
+
+
+def _write(job: Job, block: int, made: Block) -> None:
+    heads = {str(i): head for i, head in enumerate(made.heads)}
+    extra = {"predictions": torch.from_numpy(made.predictions)}
+    data = save_heads(heads, {"rows": json.dumps(made.rows)}, extra)
+    open_storage(job.storage_uri).write(_path(block), data)
+
+
+def _is_finite(head: Head) -> bool:
+    return bool(torch.isfinite(head.weight).all() and torch.isfinite(head.bias).all())
+
+
+def _on_cpu(head: Head) -> Head:
+    return Head(head.weight.cpu(), head.bias.cpu(), head.normalise)
 
 
 def _path(block: int) -> str:

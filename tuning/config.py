@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -81,6 +81,15 @@ class StageTwoConfig(Section):
     batch_size: int = Field(256, ge=1, description="Features a step")
     space: SpaceConfig = SpaceConfig()
     select_by: Literal["balanced_accuracy", "macro_f1", "worst_recall"] = "balanced_accuracy"
+    folds: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto",
+        description="Folds of val by groups: heads are trained on train and the other folds; 1 = on train alone; "
+        "auto = 5 where some class has fewer than 50 images in val",
+    )
+    finalists: int = Field(
+        8, ge=1, description="Best heads that are trained again with other seeds; then one is chosen"
+    )
+    seeds: int = Field(3, ge=1, description="Seeds of each finalist; 1 = the choice is made at once")
 
 
 class Config(TrainerConfig):

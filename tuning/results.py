@@ -31,33 +31,43 @@ class SearchResult:
 
     Attributes:
         rows: A row a head, in the order in which they were drawn, stage one's own classifier first: `head`, `family`,
-            the knobs (None where the family has no such knob), `seed`, `trial` (None for `own`), `status` ("done",
-            "diverged" or "failed"), `score` (the metric by which the search chose), all of `SCORES`, `error`. Scores
-            are None unless the head is done.
-        heads: The best head of every family that has one, by family, and `own`.
-        winner: Family of the best head of all.
+            the knobs (None where the family has no such knob), `trial` (None for `own`), `status` ("done", "diverged"
+            or "failed"), `score` (the metric by which heads are compared), all of `SCORES`, `error`. Scores are None
+            unless the head is done. Finalists also have `seeds`, `seeds_score` (mean over them) and `lower_bound`;
+            the head of each family that is kept has `temperature`.
+        heads: The chosen head of every family that has one, by family, and `own`.
+        winner: Family of the chosen head.
         select_by: The metric by which heads are compared.
+        folds: Folds of val in which heads were scored; 1 = they were trained on train alone.
+        luck: By how much the best of so many heads seems better than it is, if all were equally good.
     """
 
     rows: list[Row]
     heads: dict[str, Head]
     winner: str
     select_by: str
+    folds: int = 1
+    luck: float = 0.0
 
     def best_row(self, family: str) -> Row:
-        """The row of a family's best head."""
-        return max((row for row in self.rows if row["family"] == family), key=lambda row: rank(row, self.select_by))
+        """The row of a family's chosen head."""
+        return choose(row for row in self.rows if row["family"] == family)[family]
 
 
-def rank(row: Mapping[str, Any], select_by: str) -> tuple[float, ...]:
+def rank(row: Mapping[str, Any]) -> tuple[float, ...]:
     """Sort key of a head, larger is better: its score, then the other scores, then the one that was drawn first.
 
     Validation sets are small and ties common; without a fixed rule the winner would depend on which trial came first.
     """
     if row["status"] != "done":
         return (-math.inf,)
-    others = (row[name] for name in SCORES if name != select_by)
-    return (row[select_by], *others, -row["head"])
+    return (row["score"], *(row[name] for name in SCORES), -row["head"])
+
+
+def merit(row: Mapping[str, Any]) -> tuple[float, ...]:
+    """Sort key for the choice: a finalist's lower bound comes before any score."""
+    bound = row["lower_bound"]
+    return (-math.inf if bound is None else bound, *rank(row))
 
 
 def head_row(number: int, spec: HeadSpec, trial: int | None) -> Row:
@@ -71,7 +81,7 @@ def head_row(number: int, spec: HeadSpec, trial: int | None) -> Row:
         "status": "failed",
         "score": None,
         **dict.fromkeys(SCORES),
-        "error": None,
+        **dict.fromkeys(("seeds", "seeds_score", "lower_bound", "temperature", "error")),
     }
 
 
@@ -89,9 +99,12 @@ def write_results(folder: str | Path, result: SearchResult) -> None:
         "winner": result.winner,
         "select_by": result.select_by,
         **{key: value for key, value in best.items() if key not in ("status", "error") and value is not None},
+        "folds": result.folds,
+        "luck": result.luck,
         "heads": len(result.rows) - 1,
         "failed": sum(row["status"] == "failed" for row in result.rows),
         "diverged": sum(row["status"] == "diverged" for row in result.rows),
+        "temperatures": {family: result.best_row(family)["temperature"] for family in result.heads},
         "families": {family: result.best_row(family)["score"] for family in result.heads},
     }
     unfinished = folder / f"{WINNER_FILE}.partial"
@@ -117,15 +130,21 @@ def read_results(folder: str | Path) -> SearchResult:
     except (OSError, pa.ArrowInvalid, json.JSONDecodeError) as error:
         message = " ".join(str(error).split())
         raise UserError(f"search {folder} cannot be read ({message}); delete it and run `rarelens stage-two`") from None
-    return SearchResult(rows, load_heads(folder / HEADS_FILE), summary["winner"], summary["select_by"])
+    heads = load_heads(folder / HEADS_FILE)
+    return SearchResult(
+        rows, heads, summary["winner"], summary["select_by"], summary.get("folds", 1), summary.get("luck", 0.0)
+    )
 
 
-def best_by_family(rows: Iterable[Row], select_by: str) -> dict[str, Row]:
-    """The best scored row of each family; families without a scored head are left out."""
+def choose(rows: Iterable[Row]) -> dict[str, Row]:
+    """The chosen row of each family: of its finalists the one with the highest lower bound, else the best score.
+
+    Families without a scored head are left out.
+    """
     best: dict[str, Row] = {}
     for row in rows:
         family = row["family"]
-        if row["status"] == "done" and (family not in best or rank(row, select_by) > rank(best[family], select_by)):
+        if row["status"] == "done" and (family not in best or merit(row) > merit(best[family])):
             best[family] = row
     return best
 
@@ -143,6 +162,8 @@ def _schema() -> Any:
             ("status", pa.string()),
             ("score", pa.float64()),
             *((name, pa.float64()) for name in SCORES),
+            ("seeds", pa.int32()),
+            *((name, pa.float64()) for name in ("seeds_score", "lower_bound", "temperature")),
             ("error", pa.string()),
         ]
     )

@@ -85,7 +85,7 @@ def _trained(family: HeadFamily, count: int, config: StageTwoConfig, powers: int
     rng = generator(seed, f"stage two space {family}")
     knobs = [knob for knob in KNOBS[family] if knob in DEFAULTS]
     values = {knob: _values(family, knob, count - 1, config.space, powers, rng) for knob in knobs}
-    fixed = {"batch_size": config.batch_size, "seed": seed}
+    fixed: dict[str, Any] = {"batch_size": config.batch_size, "seed": seed}
     return [HeadSpec(family, **{knob: values[knob][i] for knob in knobs}, **fixed) for i in range(count)]
 
 

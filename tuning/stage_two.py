@@ -1,28 +1,27 @@
-"""Stage two's search: blocks of heads as Ray Tune trials, chosen on val alone."""
+"""Stage two's search: three rounds of heads, chosen on val alone."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import os
-from contextlib import redirect_stdout
-from dataclasses import asdict
-from io import StringIO
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from ray import tune
+import torch
 
 from cluster.errors import UserError
-from cluster.progress import Bar, progress_bar
-from cluster.storage import open_storage, to_pyarrow
-from trainer.features import MANIFEST_FILE, Features, read_features
-from trainer.heads import Head, HeadSpec, save_heads
-from tuning.block import BlockTrial, Job, finished_blocks, read_block, score_heads
+from trainer.closed_forms import fit_temperature
+from trainer.features import MANIFEST_FILE, read_features
+from trainer.heads import KNOBS, Head, HeadSpec, save_heads
+from trainer.stage_two import predict
+from tuning.block import BlockTrial, Job, fill_scores
+from tuning.choice import Judge, finalists, lower_bound, luck
 from tuning.config import StageTwoConfig
-from tuning.results import OWN, WINNER_FILE, SearchResult, best_by_family, head_row, rank, read_results, write_results
+from tuning.folds import number_of_folds
+from tuning.results import OWN, WINNER_FILE, Row, SearchResult, choose, head_row, merit, read_results, write_results
+from tuning.rounds import Round, run_round
 from tuning.space import blocks_of, draw_specs
 
 if TYPE_CHECKING:
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from tuning.config import Config
 
 FOLDER = "stage_two"
-RETRIES = 1  # a trial that dies twice is recorded as failed
 
 
 def search_stage_two(config: Config, dataset: Dataset, run: RunFolder) -> SearchResult:
@@ -57,7 +55,7 @@ def search_stage_two(config: Config, dataset: Dataset, run: RunFolder) -> Search
     result = search_heads(
         run.fetch("features/stage_one"),
         Head(classifier.weight.detach().clone(), classifier.bias.detach().clone()),
-        dataset.class_counts("train"),
+        len(dataset.classes),
         config.stage_two,
         config.seed,
         f"{run.uri}/{FOLDER}",
@@ -71,7 +69,7 @@ def search_stage_two(config: Config, dataset: Dataset, run: RunFolder) -> Search
 def search_heads(
     features_folder: str | Path,
     own: Head,
-    class_counts: np.ndarray,
+    num_classes: int,
     config: StageTwoConfig,
     seed: int,
     storage_uri: str,
@@ -81,168 +79,128 @@ def search_heads(
 ) -> SearchResult:
     """Make and score the heads that `config` asks for, and choose on val.
 
-    Finished blocks lie below `storage_uri`, in a folder named after everything that decides their content: the same
-    search goes on where it was stopped, another one never meets its files. Ray must be initialised.
+    Three rounds: all heads once; the best of them again with other seeds, from which one is chosen by a lower bound;
+    the chosen head of each family on all that may be trained on. Finished blocks lie below `storage_uri`, in folders
+    named after everything that decides their content: the same search goes on where it was stopped, another one never
+    meets its files. Ray must be initialised.
 
     Args:
         features_folder: Features of train and val, at a path that every trial reaches.
         own: Stage one's classifier, on raw features.
-        class_counts: Training samples of each class, [C].
-        config: Families, budget, ranges, metric.
+        num_classes: C.
+        config: Families, budget, ranges, metric, folds, finalists.
         seed: The run's seed.
         storage_uri: Folder or s3:// URI for the blocks.
         gpus_per_trial: Share of a GPU for each trial; 0 = one core.
         trial: What a Tune trial runs.
 
     Returns:
-        A row for every head, the best head of each family, the winner. Heads of trials that failed have no score.
+        A row for every head, the chosen head of each family, the winner. Heads of trials that failed have no score.
 
     Raises:
         UserError: The features are missing, or every trial failed.
     """
-    if "://" not in storage_uri:
-        storage_uri = str(Path(storage_uri).resolve())  # trials work in folders of their own
-    val = read_features(features_folder, "val")
-    specs = draw_specs(config, seed)
-    job = Job(
-        features_folder=str(Path(features_folder).resolve()),
-        blocks=blocks_of(specs, config.heads_per_trial),
-        own=Head(own.weight.float().cpu(), own.bias.float().cpu()),
-        class_counts=np.asarray(class_counts),
-        select_by=config.select_by,
-        storage_uri=f"{storage_uri}/{_fingerprint(features_folder, own, class_counts, config, specs)}",
-        device="cuda" if gpus_per_trial else "cpu",
-    )
-    errors = run_blocks(job, gpus_per_trial, trial)
-    return _collect(job, errors, val)
+    rounds = _Rounds(features_folder, own, num_classes, config, storage_uri, gpus_per_trial, trial)
+    specs = [HeadSpec(OWN), *draw_specs(config, seed)]
+    rows, predictions, _ = rounds.run("heads", specs[1:])
+    own_row, own_says = rounds.judge_own()
+    rows, predictions = [own_row, *rows], np.concatenate([own_says, predictions])
+    if config.seeds > 1:
+        _repeat_finalists(rounds, rows, predictions, specs, seed)
 
-
-def run_blocks(job: Job, gpus_per_trial: float = 0.0, trial: type[BlockTrial] = BlockTrial) -> dict[int, str]:
-    """Run the blocks that are not finished, each as a Tune trial.
-
-    A trial that dies is tried once more and then given up; the others go on. Given up ones are tried again by a later
-    call.
-
-    Returns:
-        The error of each block that was given up.
-
-    Raises:
-        UserError: Every block of the search was given up.
-        KeyboardInterrupt: Ctrl-C; finished blocks stay.
-    """
-    done = finished_blocks(job.storage_uri)
-    pending = [block for block in range(len(job.blocks)) if block not in done]
-    if not pending:
-        return {}
-    # Tune's loggers cost more than a block does, and its own Ctrl-C handler would return as if all were well.
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the bar and the results tell of failed trials
-    with progress_bar("stage two search", sum(len(specs) for specs in job.blocks)) as bar:
-        watcher = _Watcher(job, bar, done)
-        with redirect_stdout(StringIO()):  # Tune prints where its own files lie; ours is another table
-            _tuner(job, pending, gpus_per_trial, trial, watcher).fit()
-    missing = set(pending) - finished_blocks(job.storage_uri)
-    errors = {block: watcher.errors.get(block, "the trial ended without a result") for block in sorted(missing)}
-    if len(errors) == len(job.blocks):
-        first = next(iter(errors.values()))
-        raise UserError(
-            f"all {len(errors)} trials of the search failed, the first with: {first}; mend that and run again"
-        )
-    return errors
-
-
-def _collect(job: Job, errors: dict[int, str], val: Features) -> SearchResult:
-    """The finished blocks, the ones that were given up, and stage one's own classifier beside them."""
-    own_row = head_row(0, HeadSpec(OWN), None)
-    score_heads([own_row], [job.own], val, job)
-    rows, heads = [own_row], {0: job.own}
-    for block in range(len(job.blocks)):
-        if block in errors:
-            rows += [{**row, "error": errors[block]} for row in job.rows(block)]
-            continue
-        block_rows, best = read_block(job, block)
-        rows += block_rows
-        heads |= {row["head"]: best[family] for family, row in best_by_family(block_rows, job.select_by).items()}
-    chosen = best_by_family(rows, job.select_by)
-    winner = max(chosen.values(), key=lambda row: rank(row, job.select_by))
+    # --- the chosen head of each family, on all that may be trained on
+    chosen = choose(rows)
+    kept = {family: row for family, row in chosen.items() if family != OWN}
+    remade, _, made = rounds.run("chosen", [specs[row["head"]] for row in kept.values()], keep=True)
+    heads = {OWN: rounds.own}
+    for (family, row), again, head in zip(kept.items(), remade, made, strict=True):
+        if head is None or again["status"] != "done":
+            raise UserError(
+                f"the chosen {family} head could not be made once more: {again['error'] or again['status']}; mend that "
+                "and run again"
+            )
+        row["temperature"], heads[family] = again["temperature"], head
+    done = [row["head"] for row in rows if row["status"] == "done"]
     return SearchResult(
         rows=rows,
-        heads={family: heads[row["head"]] for family, row in chosen.items()},
-        winner=winner["family"],
-        select_by=job.select_by,
+        heads={family: heads[family] for family in chosen},
+        winner=max(chosen.values(), key=merit)["family"],
+        select_by=config.select_by,
+        folds=rounds.folds,
+        luck=luck(rounds.judge, predictions[done]),
     )
 
 
-class _Watcher(tune.Callback):
-    """Feeds the progress bar and keeps the errors of trials that were given up."""
-
-    def __init__(self, job: Job, bar: Bar, done: set[int]):
-        self.job, self.bar = job, bar
-        self.errors: dict[int, str] = {}
-        self.heads = sum(len(job.blocks[block]) for block in done)
-        self.best = max((row["score"] or 0.0 for block in done for row in read_block(job, block)[0]), default=0.0)
-        self._show()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its callbacks; a terminal cannot be, and Tune's copy is never used again."""
-        return {}
-
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        """A block is finished."""
-        self.heads += result["heads"]
-        self.best = max(self.best, result["best"])
-        self._show()
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A block was given up."""
-        block = trial.config["block"]
-        self.errors[block] = _last_line(trial.error_file)
-        self.heads += len(self.job.blocks[block])
-        self._show()
-
-    def _show(self) -> None:
-        failed = f", {len(self.errors)} trials failed" if self.errors else ""
-        self.bar.update(self.heads, f"best {self.job.select_by.replace('_', ' ')} {self.best:.3f}{failed}")
+def _repeat_finalists(
+    rounds: _Rounds, rows: list[Row], predictions: np.ndarray, specs: list[HeadSpec], seed: int
+) -> None:
+    """Train the best heads again with other seeds, and fill their rows' lower bounds."""
+    final, more = finalists(rows, rounds.config.finalists), rounds.config.seeds - 1
+    again = [row["head"] for row in final if "seed" in KNOBS[row["family"]]]
+    repeats = [replace(specs[head], seed=seed + 1 + s) for head in again for s in range(more)]
+    others, said, _ = rounds.run("finalists", repeats) if repeats else ([], predictions[:0], [])
+    sound = np.array([other["status"] == "done" for other in others], dtype=bool)
+    for row in final:
+        ours = predictions[row["head"]][None]
+        if row["head"] in again:
+            mine = slice(again.index(row["head"]) * more, (again.index(row["head"]) + 1) * more)
+            ours = np.concatenate([ours, said[mine][sound[mine]]])
+        row["seeds"] = len(ours)
+        row["seeds_score"], row["lower_bound"] = lower_bound(rounds.judge, ours)
 
 
-def _tuner(
-    job: Job, pending: list[int], gpus_per_trial: float, trial: type[BlockTrial], watcher: _Watcher
-) -> tune.Tuner:
-    filesystem, path = to_pyarrow(f"{job.storage_uri}/tune")
-    attempts = {stored.path.split("/")[1] for stored in open_storage(job.storage_uri).list("tune/")}
-    resources = {"cpu": 1.0, "gpu": gpus_per_trial} if gpus_per_trial else {"cpu": 1.0}
-    return tune.Tuner(
-        tune.with_resources(tune.with_parameters(trial, job=job), resources),
-        param_space={"block": tune.grid_search(pending)},
-        tune_config=tune.TuneConfig(reuse_actors=True),
-        run_config=tune.RunConfig(
-            name=f"attempt-{len(attempts):03d}",
-            storage_path=path,
-            storage_filesystem=filesystem,
-            failure_config=tune.FailureConfig(max_failures=RETRIES),
-            callbacks=[watcher],
-            verbose=0,
-        ),
-    )
+class _Rounds:
+    """What the rounds of one search share."""
+
+    def __init__(
+        self,
+        features_folder: str | Path,
+        own: Head,
+        num_classes: int,
+        config: StageTwoConfig,
+        storage_uri: str,
+        gpus_per_trial: float,
+        trial: type[BlockTrial],
+    ):
+        self._features = Path(features_folder).resolve()  # trials work in folders of their own
+        self._storage_uri = storage_uri if "://" in storage_uri else str(Path(storage_uri).resolve())
+        self.config, self._gpus, self._trial = config, gpus_per_trial, trial
+        self.own = Head(own.weight.float().cpu(), own.bias.float().cpu(), own.normalise)
+        self._val = read_features(features_folder, "val")
+        self._num_classes = num_classes
+        self.folds = number_of_folds(config.folds, self._val.labels, self._val.groups)
+        self.judge = Judge(self._val.labels, self._val.groups, num_classes, config.select_by)
+
+    def run(self, name: str, specs: list[HeadSpec], keep: bool = False) -> Round:
+        """Rows, predictions on val and, with `keep`, the heads."""
+        settings = [name, self.folds, self.config.select_by, self.config.heads_per_trial]
+        job = Job(
+            features_folder=str(self._features),
+            blocks=blocks_of(specs, self.config.heads_per_trial),
+            own=self.own,
+            num_classes=self._num_classes,
+            select_by=self.config.select_by,
+            folds=self.folds,
+            storage_uri=f"{self._storage_uri}/{name}-{_fingerprint(self._features, self.own, settings, specs)}",
+            device="cuda" if self._gpus else "cpu",
+            keep=keep,
+        )
+        return run_round(job, self._gpus, self._trial)
+
+    def judge_own(self) -> tuple[Row, np.ndarray]:
+        """Row and predictions [1, N] of stage one's own classifier."""
+        row, says = head_row(0, HeadSpec(OWN), None), predict([self.own], self._val.x)
+        fill_scores([row], says, np.ones(1, dtype=bool), self.judge)
+        logits = self.own.logits(torch.from_numpy(np.array(self._val.x)))
+        row["temperature"] = fit_temperature(logits, torch.from_numpy(self._val.labels))
+        return row, says
 
 
-def _fingerprint(
-    features_folder: str | Path, own: Head, class_counts: np.ndarray, config: StageTwoConfig, specs: list[HeadSpec]
-) -> str:
+def _fingerprint(features_folder: str | Path, own: Head, settings: list[Any], specs: list[HeadSpec]) -> str:
     """Short hash of everything that decides what the blocks contain."""
     parts = [
         (Path(features_folder) / MANIFEST_FILE).read_bytes(),
-        save_heads({OWN: Head(own.weight.float().cpu(), own.bias.float().cpu())}),
-        np.asarray(class_counts, dtype=np.int64).tobytes(),
-        json.dumps([config.select_by, config.heads_per_trial, *map(asdict, specs)]).encode(),
+        save_heads({OWN: own}),
+        json.dumps([settings, *map(asdict, specs)]).encode(),
     ]
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:12]
-
-
-def _last_line(error_file: str | None) -> str:
-    """The exception at the end of the traceback that Tune wrote for a failed trial."""
-    lines = Path(error_file).read_text().split("\n") if error_file and Path(error_file).is_file() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "the trial died")
