@@ -247,7 +247,7 @@ def _on_worker(config: dict[str, Any]) -> None:
     )
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-        _keep_freed_memory()
+        keep_freed_memory()
     context = ray.train.get_context()
     worker = Worker(context.get_world_rank(), context.get_world_size(), device, mailbox)
     try:
@@ -257,7 +257,7 @@ def _on_worker(config: dict[str, Any]) -> None:
         raise
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Tell glibc to keep what is freed instead of giving it back to the kernel.
 
     Each step frees and takes the same activations again; by default every one of them is mapped and zeroed anew

@@ -28,10 +28,9 @@ from cluster.storage import open_storage
 from trainer.closed_forms import fit_temperature
 from trainer.features import read_features
 from trainer.heads import Head, HeadSpec, parse_heads, save_heads
-from trainer.stacked import StackedRows
-from trainer.stage_two import TrainingSet, make_heads, predict
+from trainer.stage_two import make_heads, predict
 from tuning.choice import Judge
-from tuning.folds import assign_folds
+from tuning.folds import training_set, training_sets
 from tuning.results import SCORES, Row, head_row
 
 BLOCKS = "blocks/"
@@ -94,20 +93,9 @@ class Data:
     def __init__(self, job: Job):
         self.val = read_features(job.features_folder, "val")
         train = read_features(job.features_folder, "train")
-        fold = assign_folds(self.val.labels, self.val.groups, job.folds)
-        self.held_out = [np.flatnonzero(fold == k) for k in range(job.folds)]
-
-        def training_set(rows: np.ndarray) -> TrainingSet:
-            """Train, and these rows of val."""
-            x = StackedRows([(train.x, None), (self.val.x, rows)]) if len(rows) else train.x
-            labels = np.concatenate([train.labels, self.val.labels[rows]])
-            counts = np.bincount(labels, minlength=job.num_classes)
-            return TrainingSet(x, labels, counts, device=job.device)
-
-        nothing = np.empty(0, dtype=np.int64)
-        # With one fold val is held out as a whole.
-        self.sets = [training_set(np.flatnonzero(fold != k) if job.folds > 1 else nothing) for k in range(job.folds)]
-        self.all = training_set(np.arange(len(fold)) if job.folds > 1 else nothing) if job.keep else None
+        self.folds = list(training_sets(train, self.val, job.folds, job.num_classes, job.device))
+        everything = np.arange(len(self.val) if job.folds > 1 else 0)
+        self.all = training_set(train, self.val, everything, job.num_classes, job.device) if job.keep else None
 
 
 def make_block(job: Job, block: int, data: Data) -> list[Row]:
@@ -120,8 +108,8 @@ def make_block(job: Job, block: int, data: Data) -> list[Row]:
     predictions = np.zeros((len(specs), len(data.val)), dtype=np.int32)
     logits = [torch.zeros(len(data.val), job.num_classes) for _ in specs] if job.keep else []
     sound = np.ones(len(specs), dtype=bool)
-    for training_set, held_out in zip(data.sets, data.held_out, strict=True):
-        heads = make_heads(specs, training_set, job.own)
+    for seen, held_out in data.folds:
+        heads = make_heads(specs, seen, job.own)
         sound &= [_is_finite(head) for head in heads]
         x = data.val.x[held_out]
         predictions[:, held_out] = predict(heads, x, job.device)

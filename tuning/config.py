@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -92,7 +92,45 @@ class StageTwoConfig(Section):
     seeds: int = Field(3, ge=1, description="Seeds of each finalist; 1 = the choice is made at once")
 
 
+class Range(Section):
+    """What a searched setting may be: exactly one of the four."""
+
+    uniform: tuple[float, float] | None = Field(None, description="[low, high]")
+    log_uniform: tuple[float, float] | None = Field(None, description="[low, high], both above 0")
+    integers: tuple[int, int] | None = Field(None, description="[low, high], both included")
+    choice: tuple[Any, ...] | None = Field(None, min_length=1, description="The values themselves")
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Range:
+        given = [name for name in ("uniform", "log_uniform", "integers", "choice") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError("give exactly one of uniform, log_uniform, integers, choice")
+        bounds = self.uniform or self.log_uniform or self.integers
+        if bounds and (bounds[0] > bounds[1] or (self.log_uniform and bounds[0] <= 0)):
+            raise ValueError(
+                f"{given[0]} = [{bounds[0]:g}, {bounds[1]:g}] must be [low, high], and above 0 for log_uniform"
+            )
+        return self
+
+
+class SearchConfig(Section):
+    """The search over stage one, each trial judged by what a small stage two makes of its features."""
+
+    trials: int = Field(24, ge=1)
+    space: dict[str, Range] = Field({}, description="Setting, e.g. stage_one.loss.margin -> range; {} = by the loss")
+    sampler: Literal["optuna", "random"] = Field("optuna", description="optuna = its TPE sampler")
+    scheduler: Literal["asha", "none"] = Field("asha", description="asha stops trials that fall behind")
+    first_epochs: int = Field(2, ge=1, description="Epochs before the first comparison")
+    reduction: int = Field(3, ge=2, description="Of so many trials one goes on, to so many times the epochs")
+    heads: int = Field(48, ge=1, description="Heads of the small stage two")
+    finalists: int = Field(2, ge=1, description="Best settings that are trained again with other seeds")
+    seeds: int = Field(2, ge=1, description="Seeds of each finalist; 1 = the choice is made at once")
+    cpus_per_trial: float = Field(1.0, gt=0)
+    gpus_per_trial: float = Field(0.5, gt=0, description="Share of a GPU, where there is one")
+
+
 class Config(TrainerConfig):
     """A whole run: what `rarelens train` reads."""
 
     stage_two: StageTwoConfig = StageTwoConfig()
+    search: SearchConfig = SearchConfig()

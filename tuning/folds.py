@@ -5,7 +5,13 @@ Shapes: N samples of val, K folds, G groups, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
+
+from trainer.features import Features
+from trainer.stacked import StackedRows
+from trainer.stage_two import TrainingSet
 
 SMALL_CLASS = 50
 """With fewer images of some class in val, folds are worth their cost: `folds: auto` makes AUTO_FOLDS of them."""
@@ -50,3 +56,30 @@ def assign_folds(labels: np.ndarray, groups: np.ndarray, folds: int) -> np.ndarr
             fold_of[which] = fold
             held[fold] += sizes[which]
     return fold_of[group]
+
+
+def training_sets(
+    train: Features, val: Features, folds: int, num_classes: int, device: str = "cpu"
+) -> Iterator[tuple[TrainingSet, np.ndarray]]:
+    """For each fold what heads are trained on, train and the other folds, and the rows of val that they are judged by.
+
+    With one fold heads are trained on train alone and judged by all of val.
+
+    Args:
+        train: Features of train.
+        val: Features of val.
+        folds: K.
+        num_classes: C.
+        device: Where heads are trained.
+    """
+    fold = assign_folds(val.labels, val.groups, folds)
+    for k in range(folds):
+        seen = np.flatnonzero(fold != k) if folds > 1 else np.empty(0, dtype=np.int64)
+        yield training_set(train, val, seen, num_classes, device), np.flatnonzero(fold == k)
+
+
+def training_set(train: Features, val: Features, rows: np.ndarray, num_classes: int, device: str) -> TrainingSet:
+    """Train and some rows of val, as one set; nothing is copied."""
+    x = StackedRows([(train.x, None), (val.x, rows)]) if len(rows) else train.x
+    labels = np.concatenate([train.labels, val.labels[rows]])
+    return TrainingSet(x, labels, np.bincount(labels, minlength=num_classes), device=device)

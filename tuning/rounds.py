@@ -108,7 +108,7 @@ class _Watcher(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A block was given up."""
         block = trial.config["block"]
-        self.errors[block] = _last_line(trial.error_file)
+        self.errors[block] = last_line(trial.error_file)
         self.heads += len(self.job.blocks[block])
         self._show()
 
@@ -138,7 +138,7 @@ def _tuner(
     )
 
 
-def _last_line(error_file: str | None) -> str:
+def last_line(error_file: str | None) -> str:
     """The exception at the end of the traceback that Tune wrote for a failed trial."""
     lines = Path(error_file).read_text().split("\n") if error_file and Path(error_file).is_file() else []
     return next((line.strip() for line in reversed(lines) if line.strip()), "the trial died")

@@ -42,19 +42,19 @@ def search_stage_two(config: Config, dataset: Dataset, run: RunFolder) -> Search
     """
     from cluster.launch import resolve_workers, start_ray
     from trainer.extraction import fetch_checkpoint
-    from trainer.stage_one import load_classifier
+    from trainer.stage_checkpoint import load_classifier
 
     if run.storage.exists(f"{FOLDER}/{WINNER_FILE}"):
         return read_results(run.fetch(FOLDER))
     trained = run.read_json("stage_one/result.json")
     assert trained is not None, "stage one comes first"
     checkpoint = fetch_checkpoint(run, trained["checkpoint"])
-    classifier = load_classifier(checkpoint, config, len(dataset.classes)).classifier
+    own = load_classifier(checkpoint, config, len(dataset.classes)).own_head()
     start_ray(config.cluster)
     _, device = resolve_workers(config.cluster)
     result = search_heads(
         run.fetch("features/stage_one"),
-        Head(classifier.weight.detach().clone(), classifier.bias.detach().clone()),
+        own,
         len(dataset.classes),
         config.stage_two,
         config.seed,
