@@ -27,7 +27,7 @@ from trainer.findings import (
     verdict,
 )
 from trainer.page import DASH, MINUS, change, duration, percent
-from trainer.report import Gain, ReportInputs, ResultRow, write_report
+from trainer.report import Gain, ReportInputs, ResultRow, render, write_report
 
 HOSTILE = ("<script>alert(1)</script>", '" onload="alert(1)', "$x_1$ & co", "--> ]]> </svg>", "#0072b2 'naevus'")
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -103,6 +103,8 @@ def _audit(leaked: int) -> dict:
             none,
             none,
             {**none, "test": leaked * (i == 1)},
+            conflicts=0,
+            unreadable=0,
         )
         for i, name in enumerate(HOSTILE)
     ]
@@ -373,6 +375,24 @@ def test_best_of_each_family_and_heads_tried():
     # tau-norm and the own classifier tie at 0.5: of equal scores the first stands.
     assert [row["head"] for row in best[1:]] == [0, 9]
     assert heads_tried(inputs) == 12
+
+
+def test_finalists_are_chosen_by_their_lower_bound():
+    rows = [
+        {"head": 0, "family": "crt", "score": 0.9, "lower_bound": None},
+        {"head": 1, "family": "crt", "score": 0.8, "lower_bound": 0.7},
+        {"head": 2, "family": "lws", "score": 0.7, "lower_bound": 0.72},
+    ]
+    assert [row["head"] for row in best_per_family(rows)] == [2, 1]
+
+
+def test_the_search_tells_how_the_head_was_chosen():
+    choice = {"folds": 5, "lower_bound": 0.61, "seeds_score": 0.68, "seeds": 3, "luck": 0.021, "score": 0.7}
+    inputs = dataclasses.replace(_inputs(), choice={**choice, "families": {"own": 0.6}})
+    page = render(inputs)
+    assert "in 5 folds by groups" in page and "68.0 % over 3 seeds, at least 61.0 %" in page
+    assert "classifier by +10.0 points" in page
+    assert "would lead by +2.1 points by luck alone" in page
 
 
 def test_numbers_in_words():

@@ -29,6 +29,7 @@ from trainer.page import (
     move_track,
     percent,
     scale_ends,
+    signed_points,
     span,
     table,
     text,
@@ -223,10 +224,34 @@ def _search_lead(inputs: ReportInputs) -> str:
     metric = METRIC_NAMES.get(inputs.select_by, inputs.select_by)
     unscored = sum(not is_number(row["score"]) for row in inputs.search)
     without = f" {unscored:,} of them failed or diverged and have no score." if unscored else ""
-    return (
-        f"<p>{heads_tried(inputs):,} heads on the features of the frozen backbone, scored by {text(metric)} on val."
-        f"{without} Test was not read.</p>"
+    folds = inputs.choice.get("folds", 1)
+    scored = f"scored by {text(metric)} on val" + (
+        f", in {folds} folds by groups: what scores a head was not among what it was trained on" if folds > 1 else ""
     )
+    return (
+        f"<p>{heads_tried(inputs):,} heads on the features of the frozen backbone, {scored}.{without} Test was not "
+        f"read.</p>{_choice(inputs)}"
+    )
+
+
+def _choice(inputs: ReportInputs) -> str:
+    """How the winner was chosen, and how much of its lead on val is luck."""
+    choice = inputs.choice
+    sentences = []
+    if is_number(choice.get("lower_bound")):
+        sentences.append(
+            f"The best heads were trained again with other seeds, and the one with the highest lower bound was taken: "
+            f"{percent(choice['seeds_score'])} % over {choice['seeds']} seeds, at least "
+            f"{percent(choice['lower_bound'])} % (one-sided 95 %)."
+        )
+    own = choice.get("families", {}).get("own")
+    if is_number(choice.get("luck")) and is_number(own):
+        sentences.append(
+            f"On val it leads stage one's own classifier by {signed_points(choice['score'] - own)} points; if all "
+            f"heads were equally good, the best of so many would lead by {signed_points(choice['luck'])} points by "
+            "luck alone."
+        )
+    return f"<p>{' '.join(sentences)}</p>" if sentences else ""
 
 
 def _family_key(family: str, families: Sequence[str]) -> str:

@@ -72,6 +72,8 @@ class ReportInputs:
     """Lines of log.jsonl: stage, kind ('step' or 'epoch'), step, epoch, and the values."""
     search: Sequence[Mapping[str, Any]] = ()
     """A row a head: family, its knobs (None where it has none), score on val."""
+    choice: Mapping[str, Any] = field(default_factory=dict)
+    """`winner.json`: how the head was chosen on val."""
     own: str = "own"
     """Name of the row of stage one's own classifier: "before"."""
     winner: str = "winner"
@@ -173,15 +175,21 @@ def thinly_tested(inputs: ReportInputs) -> list[int]:
 
 
 def best_per_family(search: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The best head of each family by its score on val, best family first; heads without a score are left out.
+    """The chosen head of each family, best family first; heads without a score are left out.
 
-    Of equal scores the first stands, as in the search itself.
+    As in the search: of a family's finalists the one with the highest lower bound, else the best score; of equal ones
+    the first stands.
     """
+
+    def merit(row: Mapping[str, Any]) -> tuple[float, float]:
+        bound = row.get("lower_bound")
+        return (bound if is_number(bound) else -math.inf, row["score"])
+
     best: dict[str, Mapping[str, Any]] = {}
     for row in search:
-        if is_number(row["score"]) and (row["family"] not in best or row["score"] > best[row["family"]]["score"]):
+        if is_number(row["score"]) and (row["family"] not in best or merit(row) > merit(best[row["family"]])):
             best[row["family"]] = row
-    return sorted(best.values(), key=lambda row: -row["score"])
+    return sorted(best.values(), key=merit, reverse=True)
 
 
 def heads_tried(inputs: ReportInputs) -> int:

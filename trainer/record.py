@@ -16,6 +16,7 @@ from trainer.config import TrainerConfig
 from trainer.evaluate import DESCRIPTIONS, METRICS_FILE, MODEL_FOLDER
 from trainer.export import library_versions
 from trainer.findings import Gain, ReportInputs, ResultRow
+from trainer.heads import KNOBS
 from trainer.report import write_report
 
 REPORT_FILE = f"{MODEL_FOLDER}/report.html"
@@ -46,8 +47,8 @@ def report_inputs(config: TrainerConfig, dataset: Dataset, run: RunFolder) -> Re
     stage_two = run.fetch("stage_two")
     search = pq.read_table(stage_two / "results.parquet").to_pylist()
     winner = run.need_json("stage_two/winner.json", "rarelens stage-two")
-    knobs = ("power", "tau", "normalise", "lr", "weight_decay", "epochs")
-    detail = ", ".join(f"{name} {_short(winner[name])}" for name in knobs if winner.get(name) is not None)
+    knobs = KNOBS[winner["family"]]
+    detail = ", ".join(f"{name} {_short(winner[name])}" for name in knobs if name not in ("batch_size", "seed"))
     rows = [ResultRow.read(row) for row in metrics["rows"]]
     return ReportInputs(
         name=Path(run.uri).name,
@@ -61,6 +62,7 @@ def report_inputs(config: TrainerConfig, dataset: Dataset, run: RunFolder) -> Re
         test_groups=metrics["test"]["groups"],
         history=run.read_log(),
         search=search,
+        choice=winner,
         gain=_gain(metrics, "own"),
         gain_over_baseline=_gain(metrics, "baseline"),
         select_by=winner["select_by"],

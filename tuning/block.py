@@ -12,6 +12,7 @@ comes from the one time that it did not see it. The chosen heads are then traine
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,11 +81,13 @@ class Block:
         rows: A row a head.
         predictions: What each head says about val, int32 [H, N].
         heads: The heads, where the job keeps them.
+        seconds: What it took to make them and to score them.
     """
 
     rows: list[Row]
     predictions: np.ndarray
     heads: list[Head]
+    seconds: float
 
 
 class Data:
@@ -104,6 +107,7 @@ def make_block(job: Job, block: int, data: Data) -> list[Row]:
     Returns:
         Its rows.
     """
+    began = time.perf_counter()
     specs, rows = job.blocks[block], job.rows(block)
     predictions = np.zeros((len(specs), len(data.val)), dtype=np.int32)
     logits = [torch.zeros(len(data.val), job.num_classes) for _ in specs] if job.keep else []
@@ -123,7 +127,7 @@ def make_block(job: Job, block: int, data: Data) -> list[Row]:
         labels = torch.from_numpy(data.val.labels)
         for row, out in zip(rows, logits, strict=True):
             row["temperature"] = fit_temperature(out, labels) if row["status"] == "done" else None
-    _write(job, block, Block(rows, predictions, final))
+    _write(job, block, Block(rows, predictions, final, time.perf_counter() - began))
     return rows
 
 
@@ -151,7 +155,8 @@ def read_block(job: Job, block: int) -> Block:
         data = open_storage(job.storage_uri).read(path)
         heads, metadata = parse_heads(data)
         predictions = load(data)["predictions"].numpy()
-        return Block(json.loads(metadata["rows"]), predictions, [heads[str(i)] for i in range(len(heads))])
+        kept = [heads[str(i)] for i in range(len(heads))]
+        return Block(json.loads(metadata["rows"]), predictions, kept, float(metadata["seconds"]))
     except UserError:
         raise
     except (ValueError, KeyError, SafetensorError) as error:
@@ -197,7 +202,7 @@ class BlockTrial(tune.Trainable):
 def _write(job: Job, block: int, made: Block) -> None:
     heads = {str(i): head for i, head in enumerate(made.heads)}
     extra = {"predictions": torch.from_numpy(made.predictions)}
-    data = save_heads(heads, {"rows": json.dumps(made.rows)}, extra)
+    data = save_heads(heads, {"rows": json.dumps(made.rows), "seconds": str(made.seconds)}, extra)
     open_storage(job.storage_uri).write(_path(block), data)
 
 
