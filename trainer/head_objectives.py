@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from trainer.heads import HeadSpec
+from trainer.losses.frequency import effective_number_weights, frequency_margins
 
 DRW_FROM = 0.8
 """Share of the steps after which deferred re-weighting begins (Cao et al. 2019: epoch 160 of 200)."""
@@ -90,15 +91,6 @@ class Objective:
         return grad.div_(batch)
 
 
-def class_weights(counts: np.ndarray, beta: float) -> np.ndarray:
-    """Weights by the effective number of samples, (1 - beta) / (1 - beta^n_c), or 1 / n_c for beta = 1; float64 [C].
-
-    Scaled so that their mean over the training samples is 1: the learning rate then means what it means without them.
-    """
-    weights = 1 / counts if beta == 1 else (1 - beta) / -np.expm1(counts * np.log(beta))
-    return weights * counts.sum() / (weights * counts).sum()
-
-
 def _prior_strength(spec: HeadSpec) -> float:
     return {"balanced_softmax": 1.0, "logit_adjusted": spec.tau}.get(spec.family, 0.0)
 
@@ -106,7 +98,7 @@ def _prior_strength(spec: HeadSpec) -> float:
 def _margin(spec: HeadSpec, counts: np.ndarray) -> np.ndarray:
     if spec.family != "ldam_drw":
         return np.zeros_like(counts)
-    return spec.scale * spec.margin * (counts.min() / counts) ** 0.25
+    return frequency_margins(torch.from_numpy(counts), spec.scale * spec.margin).numpy()
 
 
 def _target(spec: HeadSpec, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -126,4 +118,4 @@ def _target(spec: HeadSpec, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 def _weight(spec: HeadSpec, counts: np.ndarray) -> np.ndarray:
     if spec.family not in ("reweighted", "ldam_drw"):
         return np.ones_like(counts)
-    return class_weights(counts, spec.beta)
+    return effective_number_weights(torch.from_numpy(counts), spec.beta).numpy()
