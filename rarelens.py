@@ -31,10 +31,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-ConfigFile = Annotated[Path, typer.Argument(help="YAML file, e.g. configs/ham10000.yaml", show_default=False)]
+ConfigFile = Annotated[
+    str, typer.Argument(help="YAML file or its s3:// URI, e.g. configs/ham10000.yaml", show_default=False)
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Settings laid over the file, e.g. stage_one.epochs=8", metavar="[KEY=VALUE]..."),
+]
+ImageColumn = Annotated[str, typer.Option(help="Column with the image, where a set is a table")]
+LabelColumn = Annotated[str, typer.Option(help="Column, or field of a shard's JSON, with the class")]
+GroupColumn = Annotated[str | None, typer.Option(help="Column or field with the patient or lesion")]
+SplitColumn = Annotated[str | None, typer.Option(help="Column or field with train, val, test, which are then kept")]
+ClassNames = Annotated[
+    str | None, typer.Option(help="Classes in the order of their labels: a,b,c or a file with a name a line")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Insist on going on with a run: an error if there is none.")]
 
@@ -58,49 +67,78 @@ def demo(out: Annotated[Path, typer.Option(help="Folder for everything that the 
 
 @app.command()
 def pack(
-    source: Annotated[Path, typer.Argument(help="Folder of images")],
+    source: Annotated[str, typer.Argument(help="Folder of images, MedMNIST .npz, or WebDataset shards (a pattern)")],
     dest: Annotated[str, typer.Argument(help="Folder or s3:// URI of the packed dataset")],
-    labels: Annotated[str | None, typer.Option(help="CSV of labels below SOURCE; none = one folder a class")] = None,
-    image_column: Annotated[str, typer.Option(help="CSV column with the image")] = "image",
-    label_column: Annotated[str, typer.Option(help="CSV column with the class")] = "label",
-    group_column: Annotated[str | None, typer.Option(help="CSV column with the patient or lesion")] = None,
-    size: Annotated[int | None, typer.Option(help="Shrink the short side to so many pixels")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(help="Other settings, e.g. data.max_damaged=5 data.split.val=0.2", metavar="[KEY=VALUE]..."),
+    ] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="CSV or Parquet of labels below SOURCE; none = one folder a class")
+    ] = None,
+    image_column: ImageColumn = "image",
+    label_column: LabelColumn = "label",
+    group_column: GroupColumn = None,
+    split_column: SplitColumn = None,
+    class_names: ClassNames = None,
+    size: Annotated[int | None, typer.Option(help="Shrink the short side to so many pixels; none = bytes kept")] = None,
     seed: Annotated[int, typer.Option(help="Of splits and shuffling")] = 0,
 ) -> None:
-    """Pack labelled images into shards with grouped train / val / test splits."""
-    from data_pipeline.config import DataConfig, SourceConfig
+    """Pack labelled images into shards with grouped train / val / test splits, or with those that are given.
+
+    What is done is kept: the same command goes on. Exit status 1 when samples were left out, up to data.max_damaged:
+    damaged.json names each with its reason.
+    """
+    from cluster.config import apply_overrides, parse_config
+    from data_pipeline.config import PackConfig
     from data_pipeline.pack import pack as pack_dataset
 
-    config = SourceConfig(
-        path=str(source), labels=labels, image_column=image_column, label_column=label_column, group_column=group_column
-    )
+    columns = _columns(image_column, label_column, group_column, split_column, class_names)
+    data = {"name": Path(source).resolve().stem, "pack_px": size}
+    values = {"source": {"path": source, "labels": labels, **columns}, "data": data, "seed": seed}
+    config = parse_config(PackConfig, apply_overrides(values, settings or []), origin="pack")
     with _can_go_on():
-        dataset = pack_dataset(config, DataConfig(name=source.resolve().name, pack_px=size), dest, seed)
+        dataset = pack_dataset(config.source, config.data, dest, config.seed)
     typer.echo(f"packed {sum(s.samples for s in dataset.shards)} images of {len(dataset.classes)} classes into {dest}")
+    raise typer.Exit(1 if dataset.made.get("damaged") else 0)
 
 
 @app.command()
 def audit(
-    dataset: Annotated[str, typer.Argument(help="Packed dataset, or the training set of a pair")],
+    dataset: Annotated[str, typer.Argument(help="Packed dataset, the training set of a pair, or a set with splits")],
     test: Annotated[str | None, typer.Argument(help="Test set of a pair")] = None,
-    image_column: Annotated[str, typer.Option(help="Column with the image, where a set is a CSV")] = "image",
-    label_column: Annotated[str, typer.Option(help="Column with the class")] = "label",
-    group_column: Annotated[str | None, typer.Option(help="Column with the patient or lesion")] = None,
+    image_column: ImageColumn = "image",
+    label_column: LabelColumn = "label",
+    group_column: GroupColumn = None,
+    split_column: SplitColumn = None,
+    class_names: ClassNames = None,
+    near_duplicate_bits: Annotated[
+        int, typer.Option(min=-1, max=16, help="Bits of the 64 by which near-duplicates may differ; -1 = none are")
+    ] = 2,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare every shard's SHA-256 too")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Status 1 on conflicts and unreadable files too")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the findings to this file too")] = None,
 ) -> None:
-    """Look for leaks between splits: shared groups, near-duplicates, conflicting labels. Exit status 1 on a leak."""
+    """Look for leaks between splits: shared groups, near-duplicates, conflicting labels. Exit status 1 on a leak.
+
+    A set is a packed dataset, a CSV or Parquet table, class folders, an .npz or shards.
+    """
     import json
 
+    from cluster.config import parse_config
     from cluster.progress import console
     from data_pipeline.audit import audit as audit_dataset
     from data_pipeline.config import SourceConfig
 
-    columns = SourceConfig(image_column=image_column, label_column=label_column, group_column=group_column)
-    report = audit_dataset(dataset, test, columns)
+    columns = _columns(image_column, label_column, group_column, split_column, class_names)
+    source = parse_config(SourceConfig, columns, origin="audit")
+    report = audit_dataset(dataset, test, source, near_duplicate_bits, verify)
+    if not console.is_terminal:
+        console.width = 180  # of a log, where nothing need be wrapped
     console.print(report.to_table())
     if json_file:
         json_file.write_text(json.dumps(report.to_json(), indent=2))
-    raise typer.Exit(1 if report.leaks else 0)
+    raise typer.Exit(0 if report.clean or not (strict or report.leaks) else 1)
 
 
 @app.command()
@@ -117,6 +155,23 @@ def train(config: ConfigFile, overrides: Overrides = None, resume: Resume = Fals
 def stage_one(config: ConfigFile, overrides: Overrides = None, resume: Resume = False) -> None:
     """Pack if needed, then metric learning with cross-entropy on all workers."""
     _run(_open(config, overrides, resume), last="stage one")
+
+
+@app.command()
+def search(config: ConfigFile, overrides: Overrides = None, resume: Resume = False) -> None:
+    """Search stage one's settings, each trial judged by a small stage two; RUN/search/best.yaml is for `train`."""
+    from cluster.progress import console
+    from tuning.settings import search_space
+    from tuning.stage_one import search_stage_one
+    from tuning.trials_table import BEST_FILE, PAGE_FILE, trials_table
+
+    job = _open(config, overrides, resume)
+    names = list(search_space(job.config))
+    with _can_go_on(), closing(job.run):
+        _check(job)
+        rows = search_stage_one(job.config, job.dataset, job.run)
+    console.print(trials_table(job.config, rows, names))
+    typer.echo(f"page: {job.run.uri}/{PAGE_FILE}\nnext: rarelens train {job.run.uri}/{BEST_FILE}")
 
 
 @app.command()
@@ -170,6 +225,16 @@ def doctor(config: Annotated[Path | None, typer.Argument(help="Also check what t
 
 # --------------------------------------------------------------------------------------------------------------------
 # The steps of `train`, in order. Each looks for its own result first and returns at once when it is there.
+
+
+def _columns(image: str, label: str, group: str | None, split: str | None, class_names: str | None) -> dict:
+    """What a source's columns and classes are called, by the names of `SourceConfig`."""
+    names: list[str] | None = None
+    if class_names is not None:
+        is_file = Path(class_names).is_file()
+        names = Path(class_names).read_text().splitlines() if is_file else class_names.split(",")
+    columns = {"image_column": image, "label_column": label, "group_column": group, "split_column": split}
+    return columns | {"class_names": names and [name.strip() for name in names if name.strip()]}
 
 
 class Job:
@@ -246,7 +311,7 @@ STEPS = {
 }
 
 
-def _open(config_file: Path, overrides: list[str] | None = None, resume: bool = False) -> Job:
+def _open(config_file: str | Path, overrides: list[str] | None = None, resume: bool = False) -> Job:
     from cluster.config import load_config
     from cluster.run import RunFolder
     from tuning.config import Config
@@ -285,9 +350,10 @@ def _needs(config_file: Path) -> dict:
     from tuning.config import Config
 
     config = load_config(Config, config_file)
+    paths = [path for path in (config.source.path, config.model.weights) if path and path != "timm"]
     return {
         "storage_uri": config.run,
-        "paths": [p for p in (config.source.path, config.model.weights) if p and p != "timm"],
+        "paths": [path for path in paths if not set(path) & set("*?[{")],  # of shards, a pattern names many
         "workers": config.cluster.workers,
     }
 

@@ -38,25 +38,33 @@ def load_config(kind: type[SectionType], path: str | Path, overrides: list[str] 
 
     Args:
         kind: The configuration class.
-        path: A YAML file.
+        path: A YAML file, or its s3:// URI.
         overrides: `key.path=value` strings; the value is YAML (`3`, `1e-3`, `[a, b]`, `null`).
 
     Raises:
         UserError: The file is missing or no YAML mapping, or a key or value is wrong; the message names the key and,
             for an unknown one, the nearest right one.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(
-            f"configuration {path} does not exist; give the path of a YAML file, e.g. configs/quickstart.yaml"
-        )
     try:
-        values = yaml.safe_load(path.read_text()) or {}
+        values = yaml.safe_load(_read(str(path))) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"configuration {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"configuration {path} must be a mapping of keys to values, not a {type(values).__name__}")
     return parse_config(kind, apply_overrides(values, overrides or []), origin=str(path))
+
+
+def _read(path: str) -> str:
+    if "://" in path:
+        from cluster.storage import open_storage
+
+        folder, _, name = path.rpartition("/")
+        return open_storage(folder).read(name).decode()
+    if not Path(path).is_file():
+        raise UserError(
+            f"configuration {path} does not exist; give the path of a YAML file, e.g. configs/quickstart.yaml"
+        )
+    return Path(path).read_text()
 
 
 def parse_config(kind: type[SectionType], values: dict[str, Any], origin: str) -> SectionType:

@@ -3,97 +3,38 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from glob import has_magic
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from rich.table import Table
 
 from cluster.errors import UserError
 from cluster.storage import open_storage
+from data_pipeline.audit_report import AuditReport, ClassAudit
 from data_pipeline.config import SourceConfig
-from data_pipeline.dataset import DAMAGED_FILE, DATASET_FILE, SPLITS, open_dataset
+from data_pipeline.dataset import DAMAGED_FILE, DATASET_FILE, SPLITS, Dataset, open_dataset
+from data_pipeline.raw import RawSample
 from data_pipeline.sources import read_source
 from data_pipeline.splits import near_pairs
 from data_pipeline.survey import survey
+from data_pipeline.workers import ImageWorkers
 
 CONFLICTS_LISTED = 100
 
 
-@dataclass(frozen=True)
-class ClassAudit:
-    """One class; the dicts are by split."""
-
-    name: str
-    samples: dict[str, int]
-    groups: dict[str, int]
-    shared_groups: dict[str, int]
-    """Samples outside of training whose group is in training."""
-    shared_duplicates: dict[str, int]
-    """Samples outside of training that show, but for a few bits of the hash, an image of training."""
-    leaked: dict[str, int]
-    """Samples to which either applies."""
-
-
-@dataclass(frozen=True)
-class AuditReport:
-    """What an audit found."""
-
-    what: tuple[str, ...]
-    splits: tuple[str, ...]
-    near_duplicate_bits: int
-    classes: tuple[ClassAudit, ...]
-    conflicts: int
-    """Samples of which a near-duplicate is labelled otherwise."""
-    first_conflicts: tuple[tuple[str, str, str, str], ...]
-    """Key, class, near-duplicate's key, its class; at most 100."""
-    unreadable: tuple[tuple[str, str], ...]
-    """File, reason."""
-
-    @property
-    def leaks(self) -> bool:
-        """Whether any sample of val or test has its group or a near-duplicate in training."""
-        return any(sum(entry.leaked.values()) for entry in self.classes)
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything, as plain values."""
-        return {"leaks": self.leaks, **asdict(self)}
-
-    def to_table(self) -> Table:
-        """A row a class: samples (groups) by split, and the leaked share of each split that is not trained on."""
-        title = f"Audit of {' against '.join(self.what)}"
-        found = (
-            f"{self.conflicts} samples with a near-duplicate of another class, {len(self.unreadable)} unreadable files"
-        )
-        table = Table(title=title, caption=found)
-        table.add_column("class")
-        held_out = [split for split in self.splits if split != "train"]
-        for split in self.splits:
-            table.add_column(f"{split} samples (groups)", justify="right")
-        for split in held_out:
-            table.add_column(f"{split}: group in train", justify="right")
-            table.add_column("near-duplicate in train", justify="right")
-            table.add_column("leaked", justify="right")
-        for entry in self.classes:
-            cells = [f"{entry.samples[split]} ({entry.groups[split]})" for split in self.splits]
-            for split in held_out:
-                number = entry.samples[split]
-                cells += [str(entry.shared_groups[split]), str(entry.shared_duplicates[split])]
-                cells.append(f"{entry.leaked[split] / number:.1%}" if number else "-")
-            table.add_row(entry.name, *cells, style="red" if sum(entry.leaked.values()) else None)
-        return table
-
-
 class _Samples(NamedTuple):
-    """Columns of all samples under audit, [N] each."""
+    """Columns of all samples under audit, [N] each, and those that cannot be used."""
 
     key: np.ndarray
     label: np.ndarray
     group: np.ndarray
     split: np.ndarray
     phash: np.ndarray
+    unreadable: list[tuple[str, str, str]]
+    """File, reason, class or ''."""
 
 
 def audit(
@@ -101,50 +42,67 @@ def audit(
     test: str | None = None,
     source: SourceConfig | None = None,
     near_duplicate_bits: int = 2,
+    verify: bool = False,
     progress: bool = True,
 ) -> AuditReport:
-    """Look for leaks between the splits of one packed dataset, or from a training set into a test set.
+    """Look for leaks between the splits of one set, or from a training set into a test set.
 
-    A set of a pair is a packed dataset (all of its samples), a CSV of labels (with its images in `source.path`, or
-    beside it), or a folder with one folder a class.
+    A set is a packed dataset, or anything that can be packed: a table of labels (with its images in `source.path`, or
+    beside it), class folders, an `.npz`, shards. Of a single one that is not packed the given splits are looked at; of
+    a pair, all samples of each.
 
     Args:
-        path: A packed dataset, or the training set of a pair.
+        path: The only set, or the training set of a pair.
         test: The test set of a pair.
-        source: Names of a CSV's columns. Groups of lists are compared only where there is a group column.
+        source: Names of a table's columns. Groups are compared only where there is a group column.
         near_duplicate_bits: Largest distance of 64-bit perceptual hashes that counts as a near-duplicate; -1 = none.
-        progress: Show progress bars while images of lists are read.
+        verify: Compare the SHA-256 of every shard of packed datasets too.
+        progress: Show progress bars while images are read.
 
     Raises:
-        UserError: A set is missing or wrong.
+        UserError: A set is missing or wrong, or a single one gives no splits.
     """
     source = source or SourceConfig()
-    unreadable: list[tuple[str, str]] = []
     if test is None:
-        samples = _packed(path, unreadable)
+        samples = _one_set(path, None, source, verify, progress)
     else:
-        parts = [
-            _one_set(path, "train", source, unreadable, progress),
-            _one_set(test, "test", source, unreadable, progress),
-        ]
-        samples = _Samples(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+        parts = [_one_set(one, split, source, verify, progress) for one, split in ((path, "train"), (test, "test"))]
+        samples = _both(*parts)
     splits = SPLITS if test is None else ("train", "test")
     duplicate, contradicted, examples = _near_duplicates(samples, near_duplicate_bits)
     return AuditReport(
         what=(str(path),) if test is None else (str(path), str(test)),
         splits=splits,
         near_duplicate_bits=near_duplicate_bits,
-        classes=tuple(_by_class(samples, splits, duplicate)),
-        conflicts=contradicted,
+        classes=tuple(_by_class(samples, splits, duplicate, contradicted)),
+        conflicts=int(contradicted.sum()),
         first_conflicts=examples,
-        unreadable=tuple(unreadable),
+        unreadable=tuple((file, reason) for file, reason, _ in samples.unreadable),
     )
 
 
-def _packed(path: str, unreadable: list[tuple[str, str]]) -> _Samples:
-    dataset = open_dataset(path)
+def _one_set(path: str, split: str | None, source: SourceConfig, verify: bool, progress: bool) -> _Samples:
+    """A set; as one of a pair all of it is one split, and groups that are not named are none of the other set's."""
+    if not Path(path).is_file() and not has_magic(path) and open_storage(path).exists(DATASET_FILE):
+        dataset = open_dataset(path, verify)
+        samples = _packed(dataset)
+        named = (dataset.made.get("source") or {}).get("group_column") is not None
+    else:
+        samples, named = _listed(path, source, split is None, progress), True
+    if split is None:
+        return samples
+    group = samples.group if named else np.array([f"{split}:{key}" for key in samples.key], dtype=object)
+    return samples._replace(split=np.full(len(group), split, dtype=object), group=group)
+
+
+def _both(train: _Samples, test: _Samples) -> _Samples:
+    columns = ("key", "label", "group", "split", "phash")
+    joined = {name: np.concatenate([getattr(train, name), getattr(test, name)]) for name in columns}
+    return _Samples(**joined, unreadable=train.unreadable + test.unreadable)
+
+
+def _packed(dataset: Dataset) -> _Samples:
     damaged = json.loads(dataset.storage.read(DAMAGED_FILE)) if dataset.storage.exists(DAMAGED_FILE) else []
-    unreadable += [(entry["file"], entry["reason"]) for entry in damaged]
     indices = [dataset.index(split) for split in SPLITS]
     return _Samples(
         key=np.concatenate([index.key for index in indices]),
@@ -152,43 +110,47 @@ def _packed(path: str, unreadable: list[tuple[str, str]]) -> _Samples:
         group=np.concatenate([index.group for index in indices]),
         split=np.repeat(np.array(SPLITS, dtype=object), [len(index) for index in indices]),
         phash=np.concatenate([index.phash for index in indices]),
+        unreadable=[(entry["file"], entry["reason"], entry.get("label", "")) for entry in damaged],
     )
 
 
-def _one_set(
-    path: str, split: str, source: SourceConfig, unreadable: list[tuple[str, str]], progress: bool
-) -> _Samples:
-    """One set of a pair. Samples without a named group get one that the other set cannot have."""
-    if not Path(path).is_file() and open_storage(path).exists(DATASET_FILE):
-        samples = _packed(path, unreadable)
-        named = (open_dataset(path).made.get("source") or {}).get("group_column") is not None
-        group = samples.group if named else np.array([f"{split}:{key}" for key in samples.key], dtype=object)
-        return samples._replace(split=np.full(len(group), split, dtype=object), group=group)
+def _listed(path: str, source: SourceConfig, by_given_splits: bool, progress: bool) -> _Samples:
     raw = read_source(_as_source(path, source), listed_only=True)
-    notes = survey(raw, None, progress=progress)
-    unreadable += [(str(sample.path), note.damage) for sample, note in zip(raw, notes, strict=True) if note.damage]
-    named = source.group_column is not None and Path(path).is_file()
-    groups = [sample.group if named and sample.group != sample.name else f"{split}:{sample.name}" for sample in raw]
+    if by_given_splits and not any(sample.split for sample in raw):
+        raise UserError(
+            f"{path} is no packed dataset and gives no splits; pack it first, name its column of splits, or give a "
+            "training set and a test set"
+        )
+    with ImageWorkers(len(raw)) as workers:
+        notes = survey(raw, None, workers, progress=progress)
+    whole = notes.whole().tolist()
+
+    def group(sample: RawSample) -> str:
+        return sample.group if sample.group != sample.name else f"{path}:{sample.name}"
+
     return _Samples(
-        key=np.array([sample.name for sample in raw], dtype=object),
-        label=np.array([sample.label for sample in raw], dtype=object),
-        group=np.array(groups, dtype=object),
-        split=np.full(len(raw), split, dtype=object),
-        phash=np.array([note.phash for note in notes], dtype=np.uint64),
+        key=np.array([raw[i].name for i in whole], dtype=object),
+        label=np.array([raw[i].label for i in whole], dtype=object),
+        group=np.array([group(raw[i]) for i in whole], dtype=object),
+        split=np.array([raw[i].split for i in whole], dtype=object),
+        phash=notes.column("phash")[whole],
+        unreadable=[(str(raw[i].place), reason, raw[i].label) for i, reason in sorted(notes.damage.items())],
     )
 
 
 def _as_source(path: str, source: SourceConfig) -> SourceConfig:
-    if Path(path).is_file():
+    if Path(path).is_file() and Path(path).suffix.lower() not in (".npz", ".tar"):
         folder = source.path or str(Path(path).parent)
         return source.model_copy(update={"path": folder, "labels": str(Path(path).resolve())})
-    if not Path(path).is_dir():
-        raise UserError(f"{path}: there is no such packed dataset, CSV or folder; give the path of one")
+    if not Path(path).exists() and not has_magic(path) and "{" not in path:
+        raise UserError(f"{path}: there is no such packed dataset, table of labels, folder or file; give one's path")
     return source.model_copy(update={"path": path, "labels": None})
 
 
-def _near_duplicates(samples: _Samples, max_bits: int) -> tuple[np.ndarray, int, tuple[tuple[str, str, str, str], ...]]:
-    """Which samples have a near-duplicate in training, bool [N]; how many contradict one in label; the first of those.
+def _near_duplicates(
+    samples: _Samples, max_bits: int
+) -> tuple[np.ndarray, np.ndarray, tuple[tuple[str, str, str, str], ...]]:
+    """Which samples have a near-duplicate in training; which contradict one in label, bool [N]; the first of those.
 
     U unique hashes stand for their samples. A hash whose samples have more than one class contradicts itself, and so
     do two near ones unless all samples of both have one class.
@@ -220,21 +182,42 @@ def _near_duplicates(samples: _Samples, max_bits: int) -> tuple[np.ndarray, int,
         return samples.key[row], samples.label[row]
 
     shown = tuple((*sample_of(i, a), *sample_of(j, b)) for i, a, j, b in examples)
-    return near_train[which], int(torn[which].sum()), shown
+    return near_train[which], torn[which], shown
 
 
-def _by_class(samples: _Samples, splits: Sequence[str], duplicate: np.ndarray) -> Iterator[ClassAudit]:
-    trained_groups = samples.group[samples.split == "train"]
-    shared = np.isin(samples.group.astype(str), trained_groups.astype(str))
-    for name in sorted(set(samples.label)):
-        ours = samples.label == name
-        parts = {split: ours & (samples.split == split) for split in splits}
-        held_out = {split: part for split, part in parts.items() if split != "train"}
+def _by_class(
+    samples: _Samples, splits: Sequence[str], duplicate: np.ndarray, contradicted: np.ndarray
+) -> Iterator[ClassAudit]:
+    unreadable = Counter(name for _, _, name in samples.unreadable)
+    names = sorted({*samples.label, *unreadable} - {""})
+    number_of = {name: number for number, name in enumerate(names)}
+    label = np.array([number_of[name] for name in samples.label], dtype=np.int64)
+    _, group = np.unique(samples.group, return_inverse=True)
+    shared = np.isin(group, group[samples.split == "train"])
+
+    def count(rows: np.ndarray) -> list[int]:
+        return np.bincount(label[rows], minlength=len(names)).tolist()
+
+    def count_groups(rows: np.ndarray) -> list[int]:
+        pairs = np.unique(np.stack([label[rows], group[rows]]), axis=1)
+        return np.bincount(pairs[0], minlength=len(names)).tolist()
+
+    parts = {split: samples.split == split for split in splits}
+    held_out = {split: part for split, part in parts.items() if split != "train"}
+    sizes = {split: count(part) for split, part in parts.items()}
+    groups = {split: count_groups(part) for split, part in parts.items()}
+    by_group = {split: count(part & shared) for split, part in held_out.items()}
+    by_duplicate = {split: count(part & duplicate) for split, part in held_out.items()}
+    leaked = {split: count(part & (shared | duplicate)) for split, part in held_out.items()}
+    conflicts = count(contradicted)
+    for number, name in enumerate(names):
         yield ClassAudit(
             name=name,
-            samples={split: int(part.sum()) for split, part in parts.items()},
-            groups={split: len(set(samples.group[part])) for split, part in parts.items()},
-            shared_groups={split: int(shared[part].sum()) for split, part in held_out.items()},
-            shared_duplicates={split: int(duplicate[part].sum()) for split, part in held_out.items()},
-            leaked={split: int((shared | duplicate)[part].sum()) for split, part in held_out.items()},
+            samples={split: counts[number] for split, counts in sizes.items()},
+            groups={split: counts[number] for split, counts in groups.items()},
+            shared_groups={split: counts[number] for split, counts in by_group.items()},
+            shared_duplicates={split: counts[number] for split, counts in by_duplicate.items()},
+            leaked={split: counts[number] for split, counts in leaked.items()},
+            conflicts=conflicts[number],
+            unreadable=unreadable[name],
         )

@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cluster.config import Section
+from data_pipeline.rand_augment import parse_policy
 
 
 class SourceConfig(Section):
-    """The images and labels that a user has."""
+    """The images and labels that a user has; see `data_pipeline/sources`."""
 
-    path: str | None = Field(None, description="Folder with the images; not needed when data.packed exists")
-    labels: str | None = Field(None, description="CSV of labels, relative to path; none = one folder a class")
-    image_column: str = Field("image", description="CSV column with file name, path or stem of the image")
-    label_column: str = Field("label", description="CSV column with the class name")
-    group_column: str | None = Field(None, description="CSV column with the patient or lesion; none = image by image")
+    path: str | None = Field(
+        None,
+        description="Folder of images, MedMNIST .npz, or WebDataset shards (a .tar, a folder of them, or a pattern "
+        "such as train-{000..009}.tar); not needed when data.packed exists",
+    )
+    labels: str | None = Field(
+        None, description="CSV or Parquet table of labels, relative to path; none = one folder a class"
+    )
+    image_column: str = Field("image", description="Column with file name, path or stem of the image")
+    label_column: str = Field("label", description="Column, or field of a shard's JSON, with the class")
+    group_column: str | None = Field(
+        None, description="Column, or field of a shard's JSON, with the patient or lesion; none = image by image"
+    )
+    split_column: str | None = Field(
+        None, description="Column, or field of a shard's JSON, with train, val or test, which are then kept"
+    )
+    class_names: list[str] | None = Field(
+        None, description="Classes in the order of their labels; labels that are numbers stand for these"
+    )
+
+    @field_validator("class_names")
+    @classmethod
+    def _names_are_told_apart(cls, names: list[str] | None) -> list[str] | None:
+        if names is not None and (len(set(names)) < len(names) or len(names) < 2 or "" in names):
+            raise ValueError(f"names must be two or more, none empty and none twice, not {names}")
+        return names
 
 
 class SplitConfig(Section):
@@ -41,25 +64,76 @@ class SplitConfig(Section):
 
 
 class AugmentConfig(Section):
-    """Random changes of a training image; every number is a half-width around "unchanged"."""
+    """Random changes of a training image, in the order in which they are done; 0 or null leaves one out."""
 
     scale_min: float = Field(0.4, gt=0, le=1, description="Smallest share of the image's area that a crop keeps")
     aspect_max: float = Field(1.333, ge=1, description="Largest stretch of a crop, either way")
     flip_horizontal: bool = True
     flip_vertical: bool = False
     rotate_deg: float = Field(0.0, ge=0, le=180, description="Rotation by up to so many degrees either way")
-    brightness: float = Field(0.1, ge=0, lt=1)
-    contrast: float = Field(0.1, ge=0, lt=1)
-    saturation: float = Field(0.1, ge=0, lt=1)
-    hue_deg: float = Field(0.0, ge=0, le=180)
+    rand_augment: str | None = Field(
+        None,
+        description="RandAugment as timm names it: rand-m9-n2 = two operations of magnitude 9; also pP, mstdS, inc1. "
+        "Its operations are listed in data_pipeline/rand_augment.py",
+    )
+    blur_sigma_min_px: float = Field(0.1, gt=0, description="Gaussian blur: smallest standard deviation")
+    blur_sigma_max_px: float = Field(0.0, ge=0, le=16, description="Largest, in pixels of image_px; 0 = no blur")
+    blur_probability: float = Field(0.5, ge=0, le=1, description="Share of the images that are blurred")
+    brightness: float = Field(0.1, ge=0, lt=1, description="Half-width of the factor around 1")
+    contrast: float = Field(0.1, ge=0, lt=1, description="Half-width of the factor around 1")
+    saturation: float = Field(0.1, ge=0, lt=1, description="Half-width of the factor around 1")
+    hue_deg: float = Field(0.0, ge=0, le=180, description="Rotation of the hue by up to so many degrees either way")
+    cutout_share: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Area of the square that the dataset's mean fills, as a share of the image",
+    )
+    cutout_probability: float = Field(0.5, ge=0, le=1, description="Share of the images that are cut out of")
+
+    @field_validator("rand_augment")
+    @classmethod
+    def _policy_is_known(cls, name: str | None) -> str | None:
+        if name is not None:
+            parse_policy(name)
+        return name
+
+    @model_validator(mode="after")
+    def _blur_has_a_range(self) -> AugmentConfig:
+        if 0 < self.blur_sigma_max_px < self.blur_sigma_min_px:
+            raise ValueError(
+                f"blur_sigma_max_px = {self.blur_sigma_max_px:g} is less than blur_sigma_min_px = "
+                f"{self.blur_sigma_min_px:g}; raise the one or lower the other"
+            )
+        return self
+
+
+class MixConfig(Section):
+    """Training images made of two, with the labels of both; for losses of the classifier alone."""
+
+    mixup_alpha: float = Field(
+        0.0, ge=0, description="mixup: the images' shares are drawn from Beta(alpha, alpha); 0 = off"
+    )
+    cutmix_alpha: float = Field(
+        0.0,
+        ge=0,
+        description="CutMix: the area's share is drawn from Beta(alpha, alpha); 0 = off; with both, half each",
+    )
+    probability: float = Field(1.0, ge=0, le=1, description="Share of the images that are mixed")
 
 
 class SamplingConfig(Section):
     """Which classes a training batch draws from."""
 
     power: float = Field(1.0, ge=0, le=1, description="q of p_c ~ n_c^q: 1 natural, 0.5 square root, 0 balanced")
+    power_last: float | None = Field(
+        None, ge=0, le=1, description="q of the last epoch; the probabilities go there in equal steps. None = power"
+    )
+    class_weights: dict[str, float] | None = Field(
+        None, description="p_c ~ w_c instead of a power: a weight for each class by name, 0 = never drawn"
+    )
     classes_per_batch: int | None = Field(
-        None, ge=2, description="P of P x K batches (global batch); none = by power alone"
+        None, ge=2, description="P of P x K batches (global batch), chosen by the above; none = by the above alone"
     )
     samples_per_class: int | None = Field(None, ge=2, description="K of P x K batches")
 
@@ -67,6 +141,18 @@ class SamplingConfig(Section):
     def _p_and_k_together(self) -> SamplingConfig:
         if (self.classes_per_batch is None) != (self.samples_per_class is None):
             raise ValueError("classes_per_batch and samples_per_class go together: set both or neither")
+        return self
+
+    @model_validator(mode="after")
+    def _one_target(self) -> SamplingConfig:
+        if self.class_weights is not None:
+            if self.power != 1.0 or self.power_last is not None:
+                raise ValueError("class_weights take the place of power and power_last: remove these or class_weights")
+            for name, weight in self.class_weights.items():
+                if not 0 <= weight < math.inf:
+                    raise ValueError(f"class_weights = {weight:g} for class {name!r} must be finite and at least 0")
+            if not any(self.class_weights.values()):
+                raise ValueError("class_weights are all 0; give at least one class a weight above 0")
         return self
 
 
@@ -88,15 +174,26 @@ class DataConfig(Section):
         1.143, ge=1, description="Evaluation: short side is resized to image_px x this, then centre-cropped"
     )
     augment: AugmentConfig = AugmentConfig()
+    mix: MixConfig = MixConfig()
     streams: int = Field(
         8,
         ge=1,
         description="Canonical streams of the order; any number of workers up to this sees the same batches",
     )
-    decode_threads: int = Field(2, ge=1, description="DALI threads a worker")
+    decode_threads: int | None = Field(
+        None, ge=1, description="DALI threads a worker; none = the machine's cores shared out over its workers"
+    )
     cache_dir: str | None = Field(
         None, description="Where shards of a bucket are kept locally; none = the user's cache folder"
     )
     cache_gib: float = Field(50.0, gt=0, description="Bound of that cache")
     max_damaged: int = Field(0, ge=0, description="Unreadable images tolerated before packing or training stops")
     decode: Literal["auto", "cpu", "mixed"] = Field("auto", description="DALI decoder; auto = mixed on a GPU")
+
+
+class PackConfig(Section):
+    """All that the command `pack` takes."""
+
+    source: SourceConfig = SourceConfig()
+    data: DataConfig = DataConfig()
+    seed: int = Field(0, description="Draws splits and order")

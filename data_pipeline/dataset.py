@@ -5,7 +5,7 @@ Format (version 1), readable by any WebDataset reader:
     dataset.json     classes, class counts, shards with bytes and SHA-256, image mean and std, how it was made
     index.parquet    a row a sample: key, split, label, group, shard, offset, length, width, height, phash
     train/body-000000.tar ...  train/tail-000000.tar ...  val/000000.tar ...  test/000000.tar ...
-    damaged.json     images that could not be read at packing: key, file, reason
+    damaged.json     samples that could not be used at packing: key, file, label, split, reason
 
 `dataset.json` is written last: where it is, the dataset is whole.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections import Counter
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import PurePosixPath
@@ -22,6 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cluster.errors import UserError
@@ -47,6 +49,7 @@ INDEX_SCHEMA = pa.schema(
     ]
 )
 HASH_BLOCK_BYTES = 8 * 2**20
+PACK_AGAIN = "pack the dataset again"
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Index:
     label: np.ndarray
     """int64 [N]: into `Dataset.classes`."""
     group: np.ndarray
-    """object [N]: patient or lesion; no group is in two splits."""
+    """object [N]: patient or lesion; no group is in two splits, unless splits were given that leak."""
     shard: np.ndarray
     """int32 [N]: into `Dataset.shards`."""
     offset: np.ndarray
@@ -123,9 +126,15 @@ class Dataset:
     @cached_property
     def _indices(self) -> dict[str, Index]:
         table = pq.read_table(io.BytesIO(self.storage.read(INDEX_FILE)), schema=INDEX_SCHEMA)
-        columns = {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
-        split = columns.pop("split")
-        return {name: Index(**{key: value[split == name] for key, value in columns.items()}) for name in SPLITS}
+        split = _split_numbers(table)
+        _check_index(self, table, split)
+        rows = [np.flatnonzero(split == number) for number in range(len(SPLITS))]
+        columns = {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names if name != "split"}
+        _check_keys(self, columns["key"])
+        return {
+            name: Index(**{key: value[ours] for key, value in columns.items()})
+            for name, ours in zip(SPLITS, rows, strict=True)
+        }
 
 
 def open_dataset(uri: str, verify: bool = False) -> Dataset:
@@ -183,7 +192,7 @@ def describe(dataset: Dataset, counts: dict[str, np.ndarray], index: dict[str, A
 
 
 def _parse(uri: str, data: bytes) -> dict[str, Any]:
-    remedy = "pack the dataset again"
+    remedy = PACK_AGAIN
     try:
         description = json.loads(data)
         version = description["version"]
@@ -221,6 +230,43 @@ def _check_files(uri: str, storage: Storage, shards: tuple[Shard, ...], index: d
             raise UserError(
                 f"{path} of the packed dataset {uri} is altered: its SHA-256 is not the one in {DATASET_FILE}; {remedy}"
             )
+
+
+def _split_numbers(table: pa.Table) -> np.ndarray:
+    """Each row's place in `SPLITS`, -1 for another name."""
+    found = pc.index_in(table["split"], value_set=pa.array(SPLITS))
+    return pc.fill_null(found, -1).to_numpy()
+
+
+def _check_index(dataset: Dataset, table: pa.Table, split: np.ndarray) -> None:
+    """What the rows say must fit the classes and shards; the file's own checksum has been compared already."""
+    shards = dataset.shards
+    label, shard, offset, length = (table[name].to_numpy() for name in ("label", "shard", "offset", "length"))
+    in_range = (shard >= 0) & (shard < len(shards))
+    held_by = np.where(in_range, shard, 0)
+    size = np.array([entry.bytes for entry in shards], dtype=np.int64)[held_by]
+    wrong = {
+        "a label that is none of the classes": (label < 0) | (label >= len(dataset.classes)),
+        "a shard that is not there": ~in_range,
+        "bytes outside of its shard": (offset < 0) | (length < 0) | (offset + length > size),
+        "another split than its shard": split != np.array([SPLITS.index(entry.split) for entry in shards])[held_by],
+    }
+    found = [(what, np.flatnonzero(rows)[0]) for what, rows in wrong.items() if rows.any()]
+    for what, row in found:
+        raise UserError(
+            f"{INDEX_FILE} of the packed dataset {dataset.uri} gives sample {table['key'][int(row)].as_py()!r} {what}; "
+            f"{PACK_AGAIN}"
+        )
+
+
+def _check_keys(dataset: Dataset, keys: np.ndarray) -> None:
+    """No key twice. Sorted hashes take half the time of a set of strings, and less memory."""
+    hashes = np.fromiter(map(hash, keys), dtype=np.int64, count=len(keys))
+    hashes.sort()
+    if (hashes[1:] == hashes[:-1]).any():
+        key, times = Counter(keys.tolist()).most_common(1)[0]
+        if times > 1:
+            raise UserError(f"{INDEX_FILE} of the packed dataset {dataset.uri} has the key {key!r} twice; {PACK_AGAIN}")
 
 
 def _sha256(storage: Storage, path: str, size: int) -> str:

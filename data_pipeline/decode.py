@@ -1,14 +1,6 @@
-"""The DALI graph: encoded bytes and parameters in, tensors out; one graph for CPU and GPU.
+"""Decoding and augmenting by DALI: encoded bytes and parameters in, tensors out; `graph.py` says what is done.
 
-The graph holds no randomness: crop windows, flips, angles and colour factors come from `augment.py` with each batch.
-
-Training, each view:  crop -> resize to image_px (antialiased) -> rotation -> flips -> colour -> normalise.
-Evaluation:           short side to image_px * resize_ratio (antialiased) -> centre crop -> normalise.
-
-- One view decodes no more than its crop window; two views are cut from one decoded image.
-- Rotation turns the crop about its centre; what comes in from outside repeats the border's pixels, no black corners.
-- Operators that the configuration leaves without effect are not in the graph.
-- Images come out as float32, channels_last.
+Images come out as float32 or float16, channels_last.
 
 Legend: B samples, V views, px image side.
 """
@@ -26,8 +18,9 @@ import torch
 from PIL import Image
 
 from cluster.errors import UserError
-from data_pipeline.augment import ViewParameters
+from data_pipeline.augment import ViewParameters, draw_views
 from data_pipeline.config import AugmentConfig
+from data_pipeline.graph import ImageSettings, evaluation_graph, graph_inputs, has_conditions, training_graph
 from data_pipeline.images import DamagedImage, prepare_image
 
 QUEUE_DEPTH = 2
@@ -39,25 +32,11 @@ class DecodeError(Exception):
 
 
 @dataclass(frozen=True)
-class ImageSettings:
-    """What the images come out as; `mean` and `std` in units of 0..1, RGB."""
-
-    image_px: int
-    resize_ratio: float
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-    @property
-    def short_px(self) -> int:
-        """Evaluation: short side before the centre crop; as even or odd as `image_px`, so that the crop is centred."""
-        return self.image_px + 2 * round(self.image_px * (self.resize_ratio - 1) / 2)
-
-
-@dataclass(frozen=True)
 class DecoderSettings:
     """How a `Decoder` works.
 
-    `augment` None means the evaluation graph, else the training graph with `views` views.
+    `augment` None means the evaluation graph, else the training graph with `views` views. `dtype` is that of the
+    images, float32 or float16.
     """
 
     image: ImageSettings
@@ -67,6 +46,7 @@ class DecoderSettings:
     decode: Literal["auto", "cpu", "mixed"] = "auto"
     augment: AugmentConfig | None = None
     views: int = 1
+    dtype: torch.dtype = torch.float32
 
     @property
     def mixed(self) -> bool:
@@ -86,14 +66,13 @@ class Decoder:
     def __init__(self, settings: DecoderSettings):
         self.settings = settings
         self._pipeline: Any = None
-        self._inputs: list[tuple[str, int, str]] = []
         self._pending = 0
 
     def submit(self, encoded: Sequence[np.ndarray], views: Sequence[ViewParameters] = ()) -> None:
         """Start decoding a batch; returns at once.
 
         Args:
-            encoded: B uint8 arrays, each an encoded image; 1 <= B <= `batch_size`.
+            encoded: B uint8 arrays, each an encoded image that `can_parse` accepts; 1 <= B <= `batch_size`.
             views: V parameter sets for the training graph, none for the evaluation graph.
         """
         if self._pipeline is None:
@@ -103,7 +82,7 @@ class Decoder:
         self._pending += 1
 
     def result(self) -> torch.Tensor:
-        """The oldest submitted batch, float32 [V * B, 3, px, px], view-major, channels_last, on the device.
+        """The oldest submitted batch, `dtype` [V * B, 3, px, px], view-major, channels_last, on the device.
 
         Raises:
             DecodeError: Some image cannot be decoded. This batch and all later submitted ones are lost.
@@ -134,34 +113,43 @@ class Decoder:
 
     def _feed(self, encoded: Sequence[np.ndarray], views: Sequence[ViewParameters]) -> None:
         self._pipeline.feed_input("encoded", list(encoded))
-        for name, view, field in self._inputs:
-            self._pipeline.feed_input(name, getattr(views[view], field))
+        for view, inputs in enumerate(self._inputs(views)):
+            for name, values in inputs.items():
+                self._pipeline.feed_input(f"{name}_{view}", values)
+
+    def _inputs(self, views: Sequence[ViewParameters]) -> list[dict[str, np.ndarray]]:
+        config = self.settings.augment
+        return [] if config is None else [graph_inputs(self.settings.image, config, view) for view in views]
 
     def _build(self) -> None:
-        from nvidia.dali.pipeline import Pipeline
-
-        settings = self.settings
-        self._pipeline = Pipeline(
-            batch_size=settings.batch_size,
-            num_threads=settings.threads,
-            device_id=settings.device.index or 0 if settings.mixed else None,
-            seed=0,
-            prefetch_queue_depth=QUEUE_DEPTH,
-        )
-        with self._pipeline:
-            if settings.augment is None:
-                outputs = [_evaluation_graph(settings)]
-            else:
-                outputs, self._inputs = _training_graph(settings, settings.augment)
-            self._pipeline.set_outputs(*outputs)
+        dot = _dot_views(self.settings)
+        self._pipeline = define_pipeline(self.settings, self._inputs(dot))
         self._pipeline.build()
         # The first `schedule_run` starts QUEUE_DEPTH runs, every later one a single run: let it have tiny batches.
         for _ in range(QUEUE_DEPTH):
-            self._feed([_DOT], [_dot_parameters()] * settings.views)
+            self._feed([_DOT], dot)
         self._pipeline.schedule_run()
         for _ in range(QUEUE_DEPTH):
             self._pipeline.share_outputs()
             self._pipeline.release_outputs()
+
+
+_CROPS = AugmentConfig(flip_horizontal=False, brightness=0, contrast=0, saturation=0)
+"""What decides whether an image can be decoded, and no more."""
+
+
+def can_parse(data: np.ndarray) -> bool:
+    """Whether DALI's own parser makes out what an encoded image is; a few microseconds.
+
+    To be asked of every image before it is submitted: DALI (2.4, CPU) fails a small batch with such an image in it, but
+    a larger one crashes the process, since its threads still decode the others when it gives up.
+    """
+    from nvidia import nvimgcodec  # type: ignore[attr-defined]
+
+    try:
+        return bool(nvimgcodec.CodeStream(data).codec_name)
+    except RuntimeError:
+        return False
 
 
 def find_damaged(
@@ -172,9 +160,12 @@ def find_damaged(
     Returns:
         Number in the batch -> reason, for each image that DALI cannot decode.
     """
-    decoder = Decoder(replace(settings, batch_size=1))
+    decoder = Decoder(replace(settings, batch_size=1, augment=settings.augment and _CROPS))
     damaged = {}
     for number, data in enumerate(encoded):
+        if not can_parse(data):
+            damaged[number] = _reason(data) or "no image that DALI knows"
+            continue
         decoder.submit([data], [view.select(slice(number, number + 1)) for view in views])
         try:
             decoder.result()
@@ -183,85 +174,59 @@ def find_damaged(
     return damaged
 
 
-def _training_graph(settings: DecoderSettings, config: AugmentConfig) -> tuple[list[Any], list[tuple[str, int, str]]]:
-    """Outputs of the views [B, px, px, 3], and the inputs to feed: (name, view, field of ViewParameters)."""
-    from nvidia.dali import fn, types
+def define_pipeline(settings: DecoderSettings, inputs: list[dict[str, np.ndarray]]) -> Any:
+    """The graph that `settings` ask for, to be fed with `encoded` and, for each view, arrays like `inputs`."""
+    from nvidia.dali import fn, pipeline_def, types
 
-    inputs: list[tuple[str, int, str]] = []
+    kinds = {
+        "int32": types.DALIDataType.INT32,
+        "float32": types.DALIDataType.FLOAT,
+        "bool": types.DALIDataType.BOOL,
+    }
+    image, mixed, dtype = settings.image, settings.mixed, settings.dtype
+    device_id: Any = settings.device.index or 0 if mixed else None  # None: DALI's word for "no GPU"
 
-    def parameter(view: int, field: str) -> Any:
-        inputs.append((f"{field}_{view}", view, field))
-        kind = (
-            types.DALIDataType.FLOAT
-            if field in ("angle", "brightness", "contrast", "saturation", "hue")
-            else types.DALIDataType.INT32
-        )
-        return fn.external_source(name=f"{field}_{view}", dtype=kind, ndim=1 if field in ("anchor", "shape") else 0)
-
-    encoded = fn.external_source(name="encoded", dtype=types.DALIDataType.UINT8, ndim=1)
-    device = "mixed" if settings.mixed else "cpu"
-    whole = fn.decoders.image(encoded, device=device) if settings.views > 1 else None
-    outputs = []
-    for view in range(settings.views):
-        anchor, shape = parameter(view, "anchor"), parameter(view, "shape")
-        images: Any
-        if whole is None:
-            images = fn.decoders.image_slice(encoded, anchor, shape, axis_names="HW", device=device)
-        else:
-            images = fn.slice(whole, anchor, shape, axis_names="HW")
-        px = settings.image.image_px
-        images = fn.resize(images, size=[px, px], interp_type=types.DALIInterpType.INTERP_LINEAR, antialias=True)
-        if config.rotate_deg:
-            images = fn.rotate(images, angle=parameter(view, "angle"), keep_size=True)
-        if config.flip_vertical:
-            images = fn.flip(images, horizontal=0, vertical=parameter(view, "upside_down"))
-        colours = [name for name, field in _COLOUR_FIELDS.items() if getattr(config, field)]
-        if colours:
-            images = fn.color_twist(images, **{name: parameter(view, name) for name in colours})
-        mirror = {"mirror": parameter(view, "mirror")} if config.flip_horizontal else {}
-        outputs.append(_normalise(settings.image, images, **mirror))
-    return outputs, inputs
-
-
-def _evaluation_graph(settings: DecoderSettings) -> Any:
-    """Output [B, px, px, 3]."""
-    from nvidia.dali import fn, types
-
-    encoded = fn.external_source(name="encoded", dtype=types.DALIDataType.UINT8, ndim=1)
-    images: Any = fn.decoders.image(encoded, device="mixed" if settings.mixed else "cpu")
-    px = settings.image.image_px
-    images = fn.resize(
-        images, resize_shorter=settings.image.short_px, interp_type=types.DALIInterpType.INTERP_LINEAR, antialias=True
+    @pipeline_def(
+        enable_conditionals=any(has_conditions(arrays) for arrays in inputs),
+        batch_size=settings.batch_size,
+        num_threads=settings.threads,
+        device_id=device_id,
+        seed=0,
+        prefetch_queue_depth=QUEUE_DEPTH,
     )
-    return _normalise(settings.image, images, crop=(px, px))
+    def graph() -> Any:
+        encoded = fn.external_source(name="encoded", dtype=types.DALIDataType.UINT8, ndim=1)
+        if settings.augment is None:
+            return evaluation_graph(image, encoded, mixed, dtype)
+        nodes = [
+            {
+                name: fn.external_source(name=f"{name}_{view}", dtype=kinds[values.dtype.name], ndim=values.ndim - 1)
+                for name, values in arrays.items()
+            }
+            for view, arrays in enumerate(inputs)
+        ]
+        return tuple(training_graph(image, encoded, nodes, mixed, dtype))
+
+    return graph()
 
 
-def _normalise(settings: ImageSettings, images: Any, **options: Any) -> Any:
-    """(x / 255 - mean) / std as float32, kept HWC: a permuted view of it is channels_last."""
-    from nvidia.dali import fn, types
-
-    mean, std = ([255.0 * number for number in numbers] for numbers in (settings.mean, settings.std))
-    return fn.crop_mirror_normalize(
-        images, mean=mean, std=std, dtype=types.DALIDataType.FLOAT, output_layout="HWC", **options
-    )
-
-
-_COLOUR_FIELDS = {"brightness": "brightness", "contrast": "contrast", "saturation": "saturation", "hue": "hue_deg"}
+_DOT_PX = 8
 
 
 def _dot() -> np.ndarray:
     buffer = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(buffer, "JPEG")
+    Image.new("RGB", (_DOT_PX, _DOT_PX)).save(buffer, "JPEG")
     return np.frombuffer(buffer.getvalue(), dtype=np.uint8)
 
 
 _DOT = _dot()
 
 
-def _dot_parameters() -> ViewParameters:
-    integers, numbers = np.zeros(1, dtype=np.int32), np.ones(1, dtype=np.float32)
-    window = np.zeros((1, 2), dtype=np.int32)
-    return ViewParameters(window, window + 8, integers, integers, numbers, numbers, numbers, numbers, numbers)
+def _dot_views(settings: DecoderSettings) -> list[ViewParameters]:
+    if settings.augment is None:
+        return []
+    side = np.array([_DOT_PX])
+    return draw_views(settings.augment, settings.image.image_px, (0, 0), np.zeros(1, int), settings.views, (side, side))
 
 
 def _reason(data: np.ndarray) -> str | None:

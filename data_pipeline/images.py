@@ -4,10 +4,13 @@ A packed image is an upright 8-bit JPEG or PNG, grey or RGB. Bytes that are this
 converted:
 
 - EXIF orientation is applied and dropped.
-- 16-bit grey: round(value / 257), the full range 0..65535 onto 0..255.
+- 16-bit grey: round(value / 257), the full range 0..65535 onto 0..255. 16-bit colour: value // 256, as Pillow has it.
+- DICOM: as its header wants it seen, see `dicom.py`.
 - Transparency is laid over white; palettes, CMYK, YCbCr, Lab and 1-bit become RGB or grey. ICC profiles are ignored.
 - Of several frames (TIFF, WebP) the first is taken.
 - What came as JPEG is stored as JPEG, all else as PNG, which loses nothing.
+
+An image of more than `MAX_PIXELS` is refused by its header, undecoded.
 
 With a short side given, larger images are shrunk to it with antialiasing and stored as JPEG of quality 95, chroma not
 subsampled; smaller ones are never enlarged.
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zlib
 from dataclasses import dataclass
 from functools import cache
@@ -24,6 +28,11 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageOps
 
+from cluster.errors import UserError
+from data_pipeline.dicom import dicom_image, is_dicom
+
+MAX_PIXELS = 80_000_000
+"""Decoded, an image takes three bytes a pixel, and some conversions hold it three times."""
 JPEG_QUALITY = 95
 HASH_SIDE_PX = 32
 FLAT_STD = 1.0
@@ -34,6 +43,9 @@ ORIENTATION_TAG = 0x0112
 UPRIGHT = 1
 WHITE = (255, 255, 255, 255)
 SUFFIX = {"JPEG": "jpg", "PNG": "png"}
+
+# It would be said of images that `MAX_PIXELS` refuses.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class DamagedImage(Exception):
@@ -63,7 +75,8 @@ def prepare_image(data: bytes, short_side_px: int | None = None) -> PackedImage:
         short_side_px: Shrink to this short side; None = keep the size.
 
     Raises:
-        DamagedImage: The bytes are empty, cut off, or no image that can be read.
+        DamagedImage: The bytes are empty, cut off, too large, or no image that can be read.
+        UserError: They are DICOM, and pydicom is not installed.
     """
     if not data:
         raise DamagedImage("the file is empty")
@@ -78,10 +91,12 @@ def prepare_image(data: bytes, short_side_px: int | None = None) -> PackedImage:
                 data, source = _encode(image, "JPEG" if shrunk or source in ("JPEG", "MPO") else "PNG")
             mean, mean_square = _moments(image)
             return PackedImage(data, SUFFIX[source], *image.size, perceptual_hash(image), mean, mean_square)
+    except UserError:  # of the machine, not of the image
+        raise
     except Image.UnidentifiedImageError:
         raise DamagedImage("no image format that is known") from None
     except Image.DecompressionBombError:
-        raise DamagedImage(f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels") from None
+        raise DamagedImage(f"more than the {MAX_PIXELS} pixels that are read") from None
     except (OSError, ValueError, TypeError, SyntaxError, EOFError, IndexError, struct.error, zlib.error) as error:
         # Pillow's decoders raise all of these on damaged files.
         raise DamagedImage(" ".join(str(error).split()) or type(error).__name__) from None
@@ -119,10 +134,18 @@ def _dct_basis(size: int) -> np.ndarray:
 
 
 def _open(data: bytes) -> Image.Image:
+    """The image, its header read and its size looked at."""
+    if is_dicom(data):
+        return dicom_image(data, MAX_PIXELS)
+    image = Image.open(io.BytesIO(data))
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        image.close()
+        raise DamagedImage(f"{width} x {height} pixels, more than the {MAX_PIXELS} that are read")
     if data.startswith(PNG_SIGNATURE):
-        with Image.open(io.BytesIO(data)) as image:
-            image.verify()  # the checksums of a PNG: its decoder alone lets wrong bytes pass
-    return Image.open(io.BytesIO(data))
+        image.verify()  # the checksums of a PNG: its decoder alone lets wrong bytes pass
+        image = Image.open(io.BytesIO(data))
+    return image
 
 
 def _is_plain(image: Image.Image, data: bytes) -> bool:

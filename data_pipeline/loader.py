@@ -2,63 +2,39 @@
 
 Damaged images. DALI fails a whole batch; its images are then decoded one by one, the damaged ones named and counted,
 and the batch is made again: in training with the next image of the same class (by index row) in place of a damaged
-one, in evaluation without it. Over `data.max_damaged` different ones in a worker, the run stops with the list.
+one, in evaluation (`passes.py`) without it. Over `data.max_damaged` different ones the run stops with the list: those
+that this worker has met, and those of the others as far as the trainer passes them on (`TrainLoader.add_damaged`).
 """
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from data_pipeline.augment import uniform_numbers, view_parameters
+from data_pipeline.augment import draw_views
 from data_pipeline.config import DataConfig, SamplingConfig
-from data_pipeline.dataset import Dataset, Index
-from data_pipeline.decode import Decoder, DecoderSettings, ImageSettings, find_damaged
-from data_pipeline.images import DamagedImage, prepare_image
-from data_pipeline.read_ahead import READ_THREADS, DamageLog, Load, decode_ahead, read_images
+from data_pipeline.damage import DamageLog
+from data_pipeline.dataset import Dataset
+from data_pipeline.decode import Decoder, find_damaged
+from data_pipeline.mix import mix_batch
+from data_pipeline.passes import decode_files, decoder_settings, evaluation_batches
+from data_pipeline.read_ahead import READ_THREADS, Batch, FileBatch, Load, decode_ahead, make_batch, read_images
 from data_pipeline.shards import ShardReader
 from data_pipeline.stream import TrainStream
 
+__all__ = ["Batch", "FileBatch", "TrainLoader", "decode_files", "evaluation_batches"]
+
+DECODED_TYPES = (torch.float32, torch.float16)
+"""What DALI makes by itself."""
 PREFETCH_STEPS = 128
 """How far ahead the shards of a bucket are asked for."""
-
-_log = logging.getLogger(__name__)
-
-
-@dataclass(eq=False)
-class Batch:
-    """One rank's part of a batch; B samples, V views."""
-
-    images: torch.Tensor
-    """float32 [V * B, 3, px, px], normalised, channels_last, view-major: all of view 0, then view 1."""
-    labels: torch.Tensor
-    """int64 [B], on the images' device."""
-    rows: np.ndarray
-    """int64 [B]: rows of the split's index."""
-    keys: list[str]
-    step: int
-    epoch: int
-
-
-@dataclass(eq=False)
-class FileBatch:
-    """Loose images; `numbers` and `damaged` count within the files that were given."""
-
-    images: torch.Tensor
-    """float32 [B, 3, px, px], channels_last."""
-    numbers: list[int]
-    """[B]: which file each image is."""
-    damaged: list[tuple[int, str]]
-    """Files that could not be decoded, with the reason."""
 
 
 class TrainLoader:
@@ -79,8 +55,10 @@ class TrainLoader:
         rank: int,
         world: int,
         device: torch.device,
+        epochs: int = 1,
+        dtype: torch.dtype = torch.float32,
     ):
-        """Plan nothing yet, but read the tail shards into memory.
+        """Plan nothing yet, but read the tail shards into memory (a bucket's: begin to).
 
         Args:
             dataset: Its train split is read.
@@ -92,6 +70,8 @@ class TrainLoader:
             rank: Of this worker.
             world: Number of workers.
             device: Where the tensors go.
+            epochs: Of the whole training: when a progressive sampling arrives, and where reading ahead ends.
+            dtype: Of the images; other ones than float32 and float16 are converted to on the device.
 
         Raises:
             UserError: The configuration does not fit the dataset or the machine, or a tail shard is broken.
@@ -99,24 +79,35 @@ class TrainLoader:
         self._index = dataset.index("train")
         self._data, self._seed, self._rank, self._world, self._device = data, seed, rank, world, device
         tail = [number for number, shard in enumerate(dataset.shards) if shard.kind == "tail"]
-        classes = len(dataset.classes)
-        self._stream = TrainStream(self._index, classes, batch_size, sampling, data.streams, seed, tail)
+        self._stream = TrainStream(self._index, dataset.classes, batch_size, sampling, data.streams, seed, tail, epochs)
+        self._epochs = epochs
         self.steps_per_epoch = self._stream.steps_per_epoch
         self._views = views
-        self._decoder = Decoder(
-            replace(_decoder_settings(dataset, data, batch_size, device), augment=data.augment, views=views)
-        )
-        self._damage = DamageLog(dataset, self._index, data.max_damaged)
+        self._dtype = dtype
+        settings = decoder_settings(dataset, data, batch_size, device)
+        decoded = dtype if dtype in DECODED_TYPES else torch.float32
+        self._decoder = Decoder(replace(settings, augment=data.augment, views=views, dtype=decoded))
         self._reader = ShardReader(dataset, data)
         self._reader.hold(tail)
+        self._damage = DamageLog(dataset, self._index, data.max_damaged, self._reader)
         self._pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="read")
         self._next = (0, 0)
         self.wait_s = 0.0
 
     @property
     def damaged(self) -> list[tuple[str, str]]:
-        """Key and reason of each damaged image that this worker has met."""
+        """Key and reason of each damaged image that this worker has met or was told of."""
         return self._damage.pairs()
+
+    def add_damaged(self, pairs: Iterable[Iterable[str]]) -> None:
+        """Take up what other workers' `damaged` say, so that the limit holds for the run and any rank's state is whole.
+
+        It changes no batch: a damaged image is replaced by the same one, whenever it is found out.
+
+        Raises:
+            UserError: Together there are more than `data.max_damaged`.
+        """
+        self._damage.add_pairs(pairs)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from a step on.
@@ -130,13 +121,15 @@ class TrainLoader:
         while True:
             asked_at = time.perf_counter()
             ready = next(decoded, None)
+            if ready is None:
+                self._reader.settle()  # nothing of an epoch stays unchecked: a checkpoint may follow
             self.wait_s += time.perf_counter() - asked_at
             if ready is None:
                 return
             load, images = ready
             last = load.step + 1 == self.steps_per_epoch
             self._next = (epoch + 1, 0) if last else (epoch, load.step + 1)
-            yield _batch(self._index, load, images)
+            yield self._mixed(make_batch(self._index, load, images.to(self._dtype)), load)
 
     def state_dict(self) -> dict[str, Any]:
         """Where to go on, as JSON: epoch and step of the next batch, and the damaged images met so far."""
@@ -144,9 +137,13 @@ class TrainLoader:
         return {"epoch": epoch, "step": step, "damaged": [list(pair) for pair in self.damaged]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state, of any world size; go on with `epoch(state["epoch"], state["step"])`."""
+        """Take up a state, of any world size; go on with `epoch(state["epoch"], state["step"])`.
+
+        Raises:
+            UserError: It names more damaged images than `data.max_damaged`.
+        """
         self._next = (int(state["epoch"]), int(state["step"]))
-        self._damage.restore(state["damaged"])
+        self._damage.add_pairs(state["damaged"])
 
     def close(self) -> None:
         """Stop the threads and let go of DALI and the shards."""
@@ -157,135 +154,44 @@ class TrainLoader:
     def _load(self, epoch: int, step: int) -> Load:
         rows, positions = self._stream.rank_rows(epoch, step, self._rank, self._world)
         self._prefetch(epoch, [step + PREFETCH_STEPS])
+        if step + 1 == self.steps_per_epoch and epoch + 1 < self._epochs:
+            self._pool.submit(self._look_ahead, epoch + 1)
         return self._fill(Load(epoch, step, rows, [], positions=positions))
 
     def _fill(self, load: Load) -> Load:
         """Read the images of `load.rows`, damaged ones replaced, and make their augmentation parameters."""
         assert load.positions is not None
         rows = self._damage.replaced(load.rows)
-        widths, heights = self._index.width[rows], self._index.height[rows]
-        views = [
-            view_parameters(
-                self._data.augment, uniform_numbers(self._seed, load.epoch, view, load.positions), widths, heights
-            )
-            for view in range(self._views)
-        ]
+        sizes = self._index.width[rows], self._index.height[rows]
+        views = draw_views(
+            self._data.augment, self._data.image_px, (self._seed, load.epoch), load.positions, self._views, sizes
+        )
         return replace(load, rows=rows, encoded=read_images(self._reader, self._index, rows), views=views)
+
+    def _mixed(self, batch: Batch, load: Load) -> Batch:
+        config = self._data.mix
+        if not (config.mixup_alpha or config.cutmix_alpha):
+            return batch
+        assert load.positions is not None
+        images, mix = mix_batch(
+            batch.images, batch.labels, load.positions, self._data.streams, config, self._seed, load.epoch
+        )
+        return replace(batch, images=images, mix=mix)
 
     def _repair(self, load: Load) -> Load:
         found = find_damaged(self._decoder.settings, load.encoded, load.views)
         self._damage.add({int(load.rows[place]): reason for place, reason in found.items()})
         return self._fill(load)
 
+    def _look_ahead(self, epoch: int) -> None:
+        """Plan an epoch and begin to fetch it while the one before is still being decoded."""
+        self._stream.plan(epoch)
+        self._prefetch(epoch, range(PREFETCH_STEPS))
+
     def _prefetch(self, epoch: int, steps: Iterable[int]) -> None:
+        if self._reader.in_folder:
+            return
         for step in steps:
             if step < self.steps_per_epoch:
                 rows, _ = self._stream.rank_rows(epoch, step, self._rank, self._world)
                 self._reader.prefetch(np.unique(self._index.shard[rows]).tolist())
-
-
-def evaluation_batches(
-    dataset: Dataset,
-    data: DataConfig,
-    split: str,
-    *,
-    batch_size: int,
-    rank: int = 0,
-    world: int = 1,
-    device: torch.device | None = None,
-) -> Iterator[Batch]:
-    """Each sample of a split once over all ranks, in index order, without augmentation.
-
-    Rank r gets the r-th contiguous block of rows; blocks, and with them the numbers of batches, may differ in size.
-    A damaged image is left out, with a warning that names it; `Batch.rows` tells which samples are there.
-
-    Args:
-        dataset: The packed dataset.
-        data: Image size, threads, cache.
-        split: train, val or test.
-        batch_size: Of this rank; the last batch may be smaller.
-        rank: Of this worker.
-        world: Number of workers.
-        device: Where the tensors go; None = CPU.
-
-    Raises:
-        UserError: More than `data.max_damaged` images of this rank are damaged, or a shard is broken.
-    """
-    index = dataset.index(split)
-    begin, end = rank * len(index) // world, (rank + 1) * len(index) // world
-    decoder = Decoder(_decoder_settings(dataset, data, batch_size, device or torch.device("cpu")))
-    damage = DamageLog(dataset, index, data.max_damaged)
-    reader = ShardReader(dataset, data)
-    reader.prefetch(dict.fromkeys(index.shard[begin:end].tolist()))
-
-    def load(first: int) -> Load:
-        rows = np.arange(first, min(first + batch_size, end))
-        return Load(0, (first - begin) // batch_size, rows, read_images(reader, index, rows))
-
-    def repair(load: Load) -> Load:
-        found = find_damaged(decoder.settings, load.encoded)
-        damage.add({int(load.rows[place]): reason for place, reason in found.items()})
-        for place, reason in found.items():
-            _log.warning("%s of split %s is left out, it is damaged: %s", index.key[load.rows[place]], split, reason)
-        return load.without(found)
-
-    jobs = (partial(load, first) for first in range(begin, end, batch_size))
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        try:
-            for ready, images in decode_ahead(decoder, pool, jobs, repair):
-                yield _batch(index, ready, images)
-        finally:
-            decoder.close()
-            reader.close()
-
-
-def decode_files(
-    files: Sequence[Path | str | bytes],
-    image: ImageSettings,
-    *,
-    batch_size: int,
-    device: torch.device | None = None,
-    threads: int = 2,
-) -> Iterator[FileBatch]:
-    """Loose images through the evaluation graph, in the given order; damaged ones are reported, never fatal.
-
-    Any format that Pillow reads is taken, by the rules of `images.py`.
-
-    Args:
-        files: Paths, or the encoded bytes themselves.
-        image: Size and normalisation.
-        batch_size: The last batch may be smaller; damaged files make any batch smaller, down to none.
-        device: Where the tensors go; None = CPU.
-        threads: For reading and for DALI.
-    """
-    decoder = Decoder(DecoderSettings(image, batch_size, device or torch.device("cpu"), threads))
-
-    def load(first: int) -> Load:
-        loaded = Load(0, first // batch_size, np.arange(first, min(first + batch_size, len(files))), [])
-        damaged = {}
-        for place, file in enumerate(files[first : first + batch_size]):
-            try:
-                data = file if isinstance(file, bytes) else Path(file).read_bytes()
-                loaded.encoded.append(np.frombuffer(prepare_image(data).data, dtype=np.uint8))
-            except (DamagedImage, OSError) as error:
-                loaded.encoded.append(np.empty(0, dtype=np.uint8))
-                damaged[place] = getattr(error, "strerror", None) or str(error)
-        return loaded.without(damaged)
-
-    def repair(load: Load) -> Load:
-        return load.without(find_damaged(decoder.settings, load.encoded))
-
-    jobs = (partial(load, first) for first in range(0, len(files), batch_size))
-    with ThreadPoolExecutor(threads) as pool:
-        for ready, images in decode_ahead(decoder, pool, jobs, repair):
-            yield FileBatch(images, ready.rows.tolist(), ready.damaged)
-
-
-def _decoder_settings(dataset: Dataset, data: DataConfig, batch_size: int, device: torch.device) -> DecoderSettings:
-    image = ImageSettings(data.image_px, data.resize_ratio, dataset.mean, dataset.std)
-    return DecoderSettings(image, batch_size, device, data.decode_threads, data.decode)
-
-
-def _batch(index: Index, load: Load, images: torch.Tensor) -> Batch:
-    labels = torch.from_numpy(index.label[load.rows]).to(images.device)
-    return Batch(images, labels, load.rows, index.key[load.rows].tolist(), load.step, load.epoch)

@@ -1,4 +1,4 @@
-"""What training, evaluation and prediction share: reading and decoding ahead, and the care of damaged images."""
+"""What training, evaluation and prediction share: batches, and reading and decoding ahead of them."""
 
 from __future__ import annotations
 
@@ -6,21 +6,52 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 
 import numpy as np
 import torch
 
-from cluster.errors import UserError
 from data_pipeline.augment import ViewParameters
-from data_pipeline.dataset import Dataset, Index
-from data_pipeline.decode import QUEUE_DEPTH, DecodeError, Decoder
+from data_pipeline.dataset import Index
+from data_pipeline.decode import QUEUE_DEPTH, DecodeError, Decoder, can_parse
+from data_pipeline.mix import Mix
 from data_pipeline.shards import ShardReader
 
 READ_AHEAD_BATCHES = 4
 READ_THREADS = 2
-MAX_NAMED = 20
-"""Damaged images that an error names; the others are counted."""
+
+
+@dataclass(eq=False)
+class Batch:
+    """One rank's part of a batch; B samples, V views."""
+
+    images: torch.Tensor
+    """float32, or the dtype that was asked for, [V * B, 3, px, px], normalised, channels_last, view-major: all of view
+    0, then view 1."""
+    labels: torch.Tensor
+    """int64 [B], on the images' device."""
+    rows: np.ndarray
+    """int64 [B]: rows of the split's index."""
+    keys: list[str]
+    step: int
+    epoch: int
+    mix: Mix | None = None
+    """What the images are mixed of, where `data.mix` asks for it."""
+    positions: np.ndarray | None = None
+    """int64 [B]: of the samples in the epoch, whatever the number of ranks; training only."""
+
+
+@dataclass(eq=False)
+class FileBatch:
+    """Loose images; `numbers` and `damaged` count within the files that were given."""
+
+    images: torch.Tensor
+    """float32 [B, 3, px, px], channels_last."""
+    numbers: list[int]
+    """[B]: which file each image is."""
+    damaged: list[tuple[int, str]]
+    """Files that could not be decoded, with the reason."""
 
 
 @dataclass(eq=False)
@@ -39,6 +70,8 @@ class Load:
     """int64 [B]: in the epoch; training only."""
     damaged: list[tuple[int, str]] = field(default_factory=list)
     """Loose files that were left out: number and reason."""
+    can_parse: bool = True
+    """Whether DALI can parse all of them, and so may be given them."""
 
     def without(self, reasons: dict[int, str]) -> Load:
         """The evaluation load without its damaged images, given by place in the batch."""
@@ -55,7 +88,13 @@ class Load:
 def read_images(reader: ShardReader, index: Index, rows: np.ndarray) -> list[np.ndarray]:
     """The encoded images of some rows, uint8 [bytes] each."""
     ranges = zip(index.shard[rows].tolist(), index.offset[rows].tolist(), index.length[rows].tolist(), strict=True)
-    return [reader.read(*place) for place in ranges]
+    return reader.read(list(ranges))
+
+
+def make_batch(index: Index, load: Load, images: torch.Tensor) -> Batch:
+    """The batch of a split that a load has become."""
+    labels = torch.from_numpy(index.label[load.rows]).to(images.device)
+    return Batch(images, labels, load.rows, index.key[load.rows].tolist(), load.step, load.epoch, None, load.positions)
 
 
 def decode_ahead(
@@ -77,9 +116,10 @@ def decode_ahead(
     decoding: deque[Load] = deque()
 
     def top_up(wait: bool) -> None:
-        reading.extend(pool.submit(job) for job in islice(remaining, READ_AHEAD_BATCHES - len(reading)))
+        reading.extend(pool.submit(_parsed, job) for job in islice(remaining, READ_AHEAD_BATCHES - len(reading)))
         while reading and len(decoding) < QUEUE_DEPTH and (reading[0].done() or (wait and not decoding)):
-            decoding.append(reading.popleft().result())
+            load = reading.popleft().result()
+            decoding.append(load if load.can_parse else _repaired(load, repair))
             _submit(decoder, decoding[-1])
 
     try:
@@ -103,71 +143,29 @@ def _images(decoder: Decoder, decoding: deque[Load], repair: Callable[[Load], Lo
         try:
             return decoder.result()
         except DecodeError:
-            decoding[0] = repair(decoding[0])
+            decoding[0] = _repaired(decoding[0], repair)
             for load in decoding:
                 _submit(decoder, load)
     side = decoder.settings.image.image_px
     return torch.empty(0, 3, side, side, device=decoder.settings.device)
 
 
+def _parsed(job: Callable[[], Load]) -> Load:
+    load = job()
+    return replace(load, can_parse=all(can_parse(data) for data in load.encoded))
+
+
+def _repaired(load: Load, repair: Callable[[Load], Load]) -> Load:
+    """The load with what takes the place of its damaged images; that may be damaged too."""
+    while True:
+        repaired = _parsed(partial(repair, load))
+        if np.array_equal(repaired.rows, load.rows):
+            raise RuntimeError(f"DALI failed on a batch of which it decodes each image: rows {load.rows.tolist()}")
+        if repaired.can_parse:
+            return repaired
+        load = repaired
+
+
 def _submit(decoder: Decoder, load: Load) -> None:
     if load.encoded:
         decoder.submit(load.encoded, load.views)
-
-
-class DamageLog:
-    """The damaged images that a worker has met in a split, up to a limit."""
-
-    def __init__(self, dataset: Dataset, index: Index, limit: int):
-        self._dataset, self._index, self._limit = dataset, index, limit
-        self._reasons: dict[int, str] = {}
-
-    def pairs(self) -> list[tuple[str, str]]:
-        """Key and reason of each, by row."""
-        return [(str(self._index.key[row]), reason) for row, reason in sorted(self._reasons.items())]
-
-    def add(self, reasons: dict[int, str]) -> None:
-        """Note damaged rows.
-
-        Raises:
-            UserError: Now there are more than the limit; all are named.
-        """
-        self._reasons.update(reasons)
-        if len(self._reasons) > self._limit:
-            pairs = self.pairs()
-            named = "; ".join(f"{key} ({reason})" for key, reason in pairs[:MAX_NAMED])
-            more = f"; and {len(pairs) - MAX_NAMED} more" if len(pairs) > MAX_NAMED else ""
-            raise UserError(
-                f"{self._dataset.uri} has more than data.max_damaged = {self._limit} damaged images: {named}{more}; "
-                "pack the dataset again, or raise data.max_damaged"
-            )
-
-    def restore(self, pairs: list[list[str]]) -> None:
-        """Take up the `pairs` of an earlier run; keys that the split does not hold are passed over."""
-        reasons = dict(pairs)
-        rows = np.flatnonzero(np.isin(self._index.key, list(reasons))).tolist()
-        self._reasons = {row: reasons[self._index.key[row]] for row in rows}
-
-    def replaced(self, rows: np.ndarray) -> np.ndarray:
-        """`rows` with the next row of the same class in place of each damaged one.
-
-        Whether a replacement is damaged too shows when it is decoded. What ends up in a batch therefore depends on
-        which images are damaged, not on when that was found out.
-
-        Raises:
-            UserError: All images of a class are damaged.
-        """
-        if not self._reasons:
-            return rows
-        return np.array([self._next_of_class(row) if row in self._reasons else row for row in rows.tolist()])
-
-    def _next_of_class(self, row: int) -> int:
-        label = self._index.label[row]
-        members = np.flatnonzero(self._index.label == label)
-        for candidate in np.roll(members, -1 - int(np.searchsorted(members, row))).tolist():
-            if candidate not in self._reasons:
-                return candidate
-        raise UserError(
-            f"all {len(members)} training images of class {self._dataset.classes[label]!r} in {self._dataset.uri} are "
-            "damaged; pack the dataset again"
-        )

@@ -5,11 +5,14 @@ Legend: C classes, N draws of an epoch, T steps of an epoch, P classes a batch, 
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 
 from cluster.errors import UserError
 
-_TRADES_PER_DOUBLING = 2  # rounds of trades for each doubling of the number of batches: mixed well beyond sight
+_EXTRA_TRADES = 4  # after one round for each doubling of the batches pairs of classes meet as in the long run; margin
 
 
 def generator(seed: int, purpose: str, *numbers: int) -> np.random.Generator:
@@ -44,11 +47,53 @@ def class_probabilities(counts: np.ndarray, power: float) -> np.ndarray:
     return weights / weights.sum()
 
 
+def weighted_probabilities(counts: np.ndarray, classes: Sequence[str], weights: Mapping[str, float]) -> np.ndarray:
+    """p_c ~ w_c, the weights given by name.
+
+    Args:
+        counts: Samples of each class, int [C].
+        classes: Names of the C classes.
+        weights: A weight for each of them, finite, none negative, one above 0; 0 = never drawn.
+
+    Returns:
+        Float64 [C] that sums to 1.
+
+    Raises:
+        UserError: A name is unknown, a class has no weight, or one without samples has a weight above 0.
+    """
+    known = set(classes)
+    for name in (name for name in weights if name not in known):
+        nearest = difflib.get_close_matches(name, classes, n=1, cutoff=0.0)[0]
+        raise UserError(f"class_weights names {name!r}, which is no class of the dataset; did you mean {nearest!r}?")
+    missing = [name for name in classes if name not in weights]
+    if missing:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(
+            f"class_weights has no weight for class {missing[0]!r}{others}; give each class one, 0 = never drawn"
+        )
+    target = np.array([weights[name] for name in classes], dtype=np.float64)
+    for c in np.flatnonzero((target > 0) & (np.asarray(counts) == 0)).tolist():
+        raise UserError(
+            f"class_weights = {target[c]:g} for class {classes[c]!r}, which has no training images; set its weight to 0"
+        )
+    return target / target.sum()
+
+
+def progressive(first: np.ndarray, last: np.ndarray, epoch: int, epochs: int) -> np.ndarray:
+    """p(t) = (1 - t/T) p_first + t/T p_last (progressively-balanced sampling, Kang et al. 2020, eq. 2).
+
+    Args:
+        first: Probabilities in epoch 0, float [C].
+        last: Probabilities in the last epoch and ever after, float [C].
+        epoch: t, from 0.
+        epochs: T + 1; with a single epoch `first` holds.
+    """
+    share = min(1.0, epoch / max(1, epochs - 1))
+    return (1 - share) * first + share * last
+
+
 def apportion(probabilities: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
     """Share `draws` out over the classes: each gets floor or ceil of p_c * draws, and p_c * draws in expectation.
-
-    The whole parts are given away first. What is left goes to the remainders by systematic sampling in a random order
-    (Madow 1949). Largest remainders would starve a class with p_c * draws < 1/2 for ever; this is fair over epochs.
 
     Args:
         probabilities: Float [C], not negative, sum 1.
@@ -59,20 +104,35 @@ def apportion(probabilities: np.ndarray, draws: int, rng: np.random.Generator) -
         Int64 [C] that sums to `draws`.
     """
     expected = np.asarray(probabilities, dtype=np.float64) * draws
-    whole_numbers = np.rint(expected)
-    expected = np.where(np.abs(expected - whole_numbers) < 1e-6, whole_numbers, expected)  # rounding, not remainders
-    shares = np.floor(expected).astype(np.int64)
-    left = draws - int(shares.sum())
-    if left == 0:
-        return shares
-    order = rng.permutation(len(expected))
-    marks = np.cumsum((expected - np.floor(expected))[order])
-    marks *= left / marks[-1]
-    marks[-1] = left
-    # A class gets a draw when a whole number lies in its stretch of the line, which starts at a random point.
-    taken = np.floor(np.concatenate(([0.0], marks)) + rng.random())
-    shares[order] += np.diff(taken).astype(np.int64)
-    return shares
+    if not _remainders(expected).any():
+        return np.rint(expected).astype(np.int64)
+    return round_fairly(expected, rng.permutation(len(expected)), rng.random())
+
+
+def round_fairly(expected: np.ndarray, order: np.ndarray, offset: float) -> np.ndarray:
+    """Round numbers up or down so that their sum stays, each up with its remainder as the probability.
+
+    The remainders lie end to end on a line; whose stretch holds one of the points 1 - offset, 2 - offset, ... is
+    rounded up (systematic sampling; Madow 1949). Largest remainders would starve a class that is due less than half a
+    draw an epoch for ever; this is fair over epochs.
+
+    Args:
+        expected: Float [C], not negative, with a whole number as sum.
+        order: The classes' order on the line, int [C].
+        offset: In [0, 1); uniform random, or of an evenly spread sequence.
+
+    Returns:
+        Int64 [C] of the same sum.
+    """
+    remainders = _remainders(expected)
+    rounded = np.rint(expected - remainders).astype(np.int64)
+    marks = np.cumsum(remainders[order])
+    left = round(float(expected.sum())) - int(rounded.sum())
+    if left:
+        marks *= left / marks[-1]  # a sum that rounding has made 2.9999999 holds 3 points
+        marks[-1] = left
+        rounded[order] += np.diff(np.floor(marks + offset), prepend=0.0).astype(np.int64)
+    return rounded
 
 
 def batches_per_class(probabilities: np.ndarray, steps: int, classes_per_batch: int) -> np.ndarray:
@@ -94,8 +154,8 @@ def batches_per_class(probabilities: np.ndarray, steps: int, classes_per_batch: 
     present = int(np.count_nonzero(probabilities))
     if present < classes_per_batch:
         raise UserError(
-            f"classes_per_batch = {classes_per_batch} is more than the {present} classes that have training images; "
-            f"set it to at most {present}"
+            f"classes_per_batch = {classes_per_batch} is more than the {present} classes that can be drawn (with "
+            f"training images and no weight of 0); set it to at most {present}"
         )
     expected = np.zeros(len(probabilities))
     free = np.asarray(probabilities) > 0
@@ -127,7 +187,7 @@ def deal_classes(batches: np.ndarray, steps: int, rng: np.random.Generator) -> n
     """
     line = np.repeat(np.arange(len(batches)), batches)
     table = line.reshape(-1, steps).T.copy()
-    rounds = _TRADES_PER_DOUBLING * int(np.ceil(np.log2(steps))) + 2 if steps > 1 else 0
+    rounds = int(np.ceil(np.log2(steps))) + _EXTRA_TRADES if steps > 1 else 0
     for _ in range(rounds):
         partners = rng.permutation(steps)
         half = steps // 2
@@ -143,14 +203,22 @@ def epoch_classes(draws: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return rng.permutation(np.repeat(np.arange(len(draws), dtype=kind), draws))
 
 
+def _remainders(expected: np.ndarray) -> np.ndarray:
+    """What is above the next lower whole number, float64 [C]; 0 where only rounding keeps it from a whole number."""
+    remainders = expected - np.floor(expected)
+    remainders[np.abs(expected - np.rint(expected)) < 1e-6] = 0.0
+    return remainders
+
+
 def _trade(mine: np.ndarray, yours: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """One curveball trade for each row pair of two [M, P] tables: shared classes stay, the others are dealt anew."""
     pool = np.sort(np.concatenate([mine, yours], axis=1), axis=1)
-    same_as_next = np.zeros(pool.shape, dtype=bool)
-    same_as_next[:, :-1] = pool[:, :-1] == pool[:, 1:]
-    key = rng.random(pool.shape)
-    key[same_as_next] = -1.0  # the first of two equals goes left,
-    key[:, 1:][same_as_next[:, :-1]] = 2.0  # the second goes right
-    pool = np.take_along_axis(pool, np.argsort(key, axis=1, kind="stable"), axis=1)
+    same_as_next = pool[:, :-1] == pool[:, 1:]
+    # Class number in the low half, what it is sorted by in the high half: one sort deals, and no argsort is needed.
+    dealt = rng.integers(1, 2**31 - 1, pool.shape) << 32 | pool
+    dealt[:, :-1][same_as_next] = pool[:, :-1][same_as_next]  # the first of two equals goes left,
+    dealt[:, 1:][same_as_next] |= (2**31 - 1) << 32  # the second goes right
+    dealt.sort(axis=1)
+    dealt &= 2**32 - 1
     width = mine.shape[1]
-    return pool[:, :width], pool[:, width:]
+    return dealt[:, :width], dealt[:, width:]

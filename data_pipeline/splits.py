@@ -21,7 +21,12 @@ COMPARE_BLOCK = 2048
 
 
 def assign_splits(
-    labels: np.ndarray, groups: np.ndarray, config: SplitConfig, seed: int, classes: Sequence[str]
+    labels: np.ndarray,
+    groups: np.ndarray,
+    config: SplitConfig,
+    seed: int,
+    classes: Sequence[str],
+    into: Sequence[str] = SPLITS,
 ) -> np.ndarray:
     """Share samples out over train, val and test, class by class and never through a group.
 
@@ -36,22 +41,24 @@ def assign_splits(
         config: Shares.
         seed: Draws the order of equal groups; the result depends on nothing else, not on the samples' order either.
         classes: Names, for the error.
+        into: The splits to share out over, in the proportion of their shares.
 
     Returns:
-        [N] of "train", "val", "test".
+        object [N] of the names in `into`.
 
     Raises:
         UserError: A class has fewer groups than there are splits.
     """
-    names, group = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
+    names, group = np.unique(np.asarray(groups, dtype=object), return_inverse=True)
     sizes = np.zeros((len(names), len(classes)), dtype=np.int64)  # samples by group and class
     np.add.at(sizes, (group, labels), 1)
     num_groups = (sizes > 0).sum(axis=0)
-    _check_groups(num_groups, classes)
+    _check_groups(num_groups, classes, into)
     lot = np.array([hashlib.sha256(f"{seed}:{name}".encode()).hexdigest() for name in names])
-    shares = np.array([config.train, config.val, config.test])
+    shares = np.array([getattr(config, split) for split in into])
+    shares /= shares.sum()
     split_of = np.full(len(names), -1)
-    held = np.zeros((len(SPLITS), len(classes)), dtype=np.int64)  # samples by split and class
+    held = np.zeros((len(into), len(classes)), dtype=np.int64)  # samples by split and class
     for label in sorted(range(len(classes)), key=lambda c: (num_groups[c], classes[c])):
         target = shares * sizes[:, label].sum()
         waiting = np.flatnonzero((sizes[:, label] > 0) & (split_of < 0))
@@ -63,8 +70,42 @@ def assign_splits(
                 lacking = np.where(empty, lacking, -np.inf)
             split_of[which] = lacking.argmax()
             held[split_of[which]] += sizes[which]
-    _check_splits(held, classes)
-    return np.array(SPLITS)[split_of[group]]
+    _check_splits(held, classes, into)
+    return np.array(into, dtype=object)[split_of[group]]
+
+
+def complete_splits(
+    given: np.ndarray, labels: np.ndarray, groups: np.ndarray, config: SplitConfig, seed: int, classes: Sequence[str]
+) -> np.ndarray:
+    """Keep the splits that a source gives; cut those that it lacks, val or test or both, out of its training samples.
+
+    Args:
+        given: object [N] of train, val, test; not all three need occur.
+        labels: int [N], into `classes`.
+        groups: [N], near-duplicates joined: no group of the training samples is cut. What given splits share stays.
+        config: Shares of what is cut.
+        seed: As in `assign_splits`.
+        classes: Names, for errors.
+
+    Returns:
+        object [N] of "train", "val", "test".
+
+    Raises:
+        UserError: A class has no given training sample, or too few groups of them to cut.
+    """
+    train = given == "train"
+    unseen = np.flatnonzero(np.bincount(labels[train], minlength=len(classes)) == 0)
+    if len(unseen):
+        elsewhere = sorted(set(given[labels == unseen[0]]))
+        raise UserError(
+            f"class {classes[unseen[0]]!r} is in the given {' and '.join(elsewhere)} and not in train, where it would "
+            "have to be learnt; give train some of it, or leave the class out"
+        )
+    lacking = [split for split in SPLITS if split not in set(given)]
+    splits = given.copy()
+    if lacking:
+        splits[train] = assign_splits(labels[train], groups[train], config, seed, classes, ("train", *lacking))
+    return splits
 
 
 def join_near_duplicates(groups: np.ndarray, hashes: np.ndarray, max_bits: int) -> np.ndarray:
@@ -78,7 +119,7 @@ def join_near_duplicates(groups: np.ndarray, hashes: np.ndarray, max_bits: int) 
     Returns:
         object [N]: names; a joined group is called after the first, in alphabetical order, of its members.
     """
-    names, group = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
+    names, group = np.unique(np.asarray(groups, dtype=object), return_inverse=True)
     parent = np.arange(len(names))
 
     def root(node: int) -> int:
@@ -98,7 +139,7 @@ def join_near_duplicates(groups: np.ndarray, hashes: np.ndarray, max_bits: int) 
         join(np.stack([group[same], group[first[which[same]]]], axis=1))
         for pairs in near_pairs(values, max_bits):
             join(group[first[pairs]])
-    return names[[root(node) for node in range(len(names))]][group].astype(object)
+    return names[[root(node) for node in range(len(names))]][group]
 
 
 def near_pairs(values: np.ndarray, max_bits: int) -> Iterator[np.ndarray]:
@@ -135,19 +176,19 @@ def _compare(values: np.ndarray, bucket: np.ndarray, max_bits: int) -> Iterator[
                 yield np.stack([left[rows], right[columns]], axis=1)
 
 
-def _check_groups(num_groups: np.ndarray, classes: Sequence[str]) -> None:
-    short = [f"class {classes[c]!r} has {num_groups[c]}" for c in np.flatnonzero(num_groups < len(SPLITS)).tolist()]
+def _check_groups(num_groups: np.ndarray, classes: Sequence[str], into: Sequence[str]) -> None:
+    short = [f"class {classes[c]!r} has {num_groups[c]}" for c in np.flatnonzero(num_groups < len(into)).tolist()]
     if short:
         raise UserError(
             f"too few groups (patients or lesions, near-duplicates joined) to split: {', '.join(short)}, and each of "
-            "train, val and test needs one; add images of other patients or lesions, or leave the class out "
-            "(data.split.near_duplicate_bits=-1 joins no near-duplicates)"
+            f"{', '.join(into[:-1])} and {into[-1]} needs one; add images of other patients or lesions, or leave the "
+            "class out (data.split.near_duplicate_bits=-1 joins no near-duplicates)"
         )
 
 
-def _check_splits(held: np.ndarray, classes: Sequence[str]) -> None:
+def _check_splits(held: np.ndarray, classes: Sequence[str], into: Sequence[str]) -> None:
     for split, label in np.argwhere(held == 0).tolist():
         raise UserError(
-            f"class {classes[label]!r} has no group left for {SPLITS[split]}: its groups are other classes' too; "
+            f"class {classes[label]!r} has no group left for {into[split]}: its groups are other classes' too; "
             "add images of other patients or lesions, or leave the class out"
         )

@@ -1,58 +1,41 @@
-"""Read every image once and note what it is: its size, hash and moments, or why it cannot be read."""
+"""Read every image once and note what it is, or why it cannot be used; and make its packed bytes again later."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TypeVar
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
 
 from cluster.progress import Bar, progress_bar
-from cluster.storage import Storage
-from data_pipeline.images import DamagedImage, PackedImage, prepare_image
-from data_pipeline.sources import RawSample
+from data_pipeline.images import DamagedImage, prepare_image
+from data_pipeline.notes import Journal, Note, Notes
+from data_pipeline.raw import Place, RawSample
+from data_pipeline.workers import ImageWorkers
 
 NOTES_PER_FILE = 512
 """What a killed run loses at most."""
-AHEAD_PER_THREAD = 4
-"""Images in flight: this bounds the memory, whatever the number of images."""
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Note:
-    """What reading one image has shown. `bytes` and `sha256` are of the image as it is packed."""
-
-    name: str
-    file_bytes: int
-    modified_ns: int
-    damage: str | None = None
-    suffix: str = ""
-    bytes: int = 0
-    sha256: str = ""
-    width: int = 0
-    height: int = 0
-    phash: int = 0
-    mean: tuple[float, ...] = ()
-    mean_square: tuple[float, ...] = ()
+IMAGES_PER_TASK = 16
+TASK_BYTES = 8 * 2**20
+"""Packed bytes that a task brings back at most, unless one image has more."""
 
 
 def survey(
-    samples: Sequence[RawSample], short_side_px: int | None, journal: Journal | None = None, progress: bool = True
-) -> list[Note]:
+    samples: Sequence[RawSample],
+    short_side_px: int | None,
+    workers: ImageWorkers,
+    journal: Journal | None = None,
+    progress: bool = True,
+) -> Notes:
     """Read all images, in parallel, and note what they are.
 
     Args:
         samples: What to read.
         short_side_px: As in `prepare_image`.
+        workers: Who reads.
         journal: Notes of an earlier run are taken from it, for files that have not changed since and were whole, and
             new ones are added to it.
         progress: Show a progress bar.
@@ -60,53 +43,82 @@ def survey(
     Returns:
         A note a sample, in their order.
     """
-    known = journal.read() if journal else {}
-    notes = [_still_true(sample, known.get(sample.name)) for sample in samples]
-    todo = [i for i, note in enumerate(notes) if note is None]
-    fresh: list[Note] = []
-    with bar("reading images", len(samples), progress) as shown, image_threads() as pool:
-        for note in ordered_map(pool, lambda i: take_note(samples[i], short_side_px), todo):
-            fresh.append(note)
-            notes[todo[len(fresh) - 1]] = note
-            if journal and len(fresh) % NOTES_PER_FILE == 0:
-                journal.add(fresh[-NOTES_PER_FILE:])
-            shown.update(len(samples) - len(todo) + len(fresh))
-    if journal and len(fresh) % NOTES_PER_FILE:
-        journal.add(fresh[-(len(fresh) % NOTES_PER_FILE) :])
-    return [note for note in notes if note is not None]
+    notes = Notes(len(samples))
+    for number, sample in enumerate(samples):
+        if sample.problem is not None:
+            notes[number] = Note(-1, -1, damage=sample.problem)
+    if journal and journal.files:
+        _take_up(samples, notes, journal)
+    todo = notes.missing()
+    tasks = ([samples[i].place for i in todo[k : k + IMAGES_PER_TASK]] for k in range(0, len(todo), IMAGES_PER_TASK))
+    fresh: list[int] = []  # since the journal was last written
+    done = len(samples) - len(todo)
+    with bar("reading images", len(samples), progress) as shown:
+        for taken in workers.map(partial(take_notes, short_side_px=short_side_px), tasks):
+            first = done - (len(samples) - len(todo))
+            for number, note in zip(todo[first : first + len(taken)].tolist(), taken, strict=True):
+                notes[number] = note
+                fresh.append(number)
+            done += len(taken)
+            shown.update(done)
+            if journal and len(fresh) >= NOTES_PER_FILE:
+                _write_down(samples, notes, journal, fresh)
+        if journal and fresh:
+            _write_down(samples, notes, journal, fresh)
+    return notes
 
 
-class Journal:
-    """Notes kept in a storage, so that a run that was stopped goes on where it was."""
-
-    def __init__(self, storage: Storage, prefix: str):
-        """Args: storage: the destination; prefix: path below it under which the notes of these settings lie."""
-        self.storage, self.prefix = storage, prefix
-        self.files = [stored.path for stored in storage.list(prefix)]
-
-    def read(self) -> dict[str, Note]:
-        """Notes by the image's name."""
-        notes = (Note(**values) for path in self.files for values in json.loads(self.storage.read(path)))
-        return {note.name: note for note in notes}
-
-    def add(self, notes: Sequence[Note]) -> None:
-        """Append notes, as one new file."""
-        path = f"{self.prefix}{len(self.files):06d}.json"
-        self.storage.write(path, json.dumps([asdict(note) for note in notes]).encode())
-        self.files.append(path)
+def take_notes(places: Sequence[Place], short_side_px: int | None) -> list[Note]:
+    """Read some images; damage is noted, not raised."""
+    return [_take_note(place, short_side_px) for place in places]
 
 
-def take_note(sample: RawSample, short_side_px: int | None) -> Note:
-    """Read one image; damage is noted, not raised."""
-    file_bytes, modified_ns = _state(sample.path)
+class Wanted(NamedTuple):
+    """An image that is to be packed, and the digest of its packed bytes."""
+
+    place: Place
+    sha256: str
+
+
+def packed_images(
+    samples: Sequence[RawSample],
+    notes: Notes,
+    numbers: np.ndarray,
+    short_side_px: int | None,
+    workers: ImageWorkers,
+) -> Iterator[bytes | None]:
+    """Some images as they are packed, made once more; None for one that is no longer what was noted.
+
+    Args:
+        samples: All samples.
+        notes: Of all samples.
+        numbers: Which, in which order, int64 [K].
+        short_side_px: As in `prepare_image`.
+        workers: Who reads; no more than a few tasks of `TASK_BYTES` are under way.
+    """
+    sizes = notes.column("bytes")[numbers]
+    tasks = ([Wanted(samples[i].place, notes[i].sha256) for i in part] for part in _parts(numbers.tolist(), sizes))
+    for images in workers.map(partial(_packed, short_side_px=short_side_px), tasks):
+        yield from images
+
+
+def bar(title: str, total: int, progress: bool) -> AbstractContextManager[Bar]:
+    """The project's progress bar, or one that says nothing."""
+    return progress_bar(title, total) if progress else nullcontext(_Silent())
+
+
+class _Silent:
+    def update(self, done: int, note: str = "") -> None:
+        """Say nothing."""
+
+
+def _take_note(place: Place, short_side_px: int | None) -> Note:
+    file_bytes, modified_ns = place.state()
     try:
-        image = prepare_image(sample.path.read_bytes(), short_side_px)
-    except DamagedImage as error:
-        return Note(sample.name, file_bytes, modified_ns, damage=str(error))
-    except OSError as error:
-        return Note(sample.name, file_bytes, modified_ns, damage=(error.strerror or str(error)).lower())
+        image = prepare_image(place.read(), short_side_px)
+    except (DamagedImage, OSError) as error:
+        return Note(file_bytes, modified_ns, damage=_reason(error))
     return Note(
-        sample.name,
         file_bytes,
         modified_ns,
         suffix=image.suffix,
@@ -120,62 +132,48 @@ def take_note(sample: RawSample, short_side_px: int | None) -> Note:
     )
 
 
-def packed_bytes(sample: RawSample, note: Note, short_side_px: int | None) -> bytes | None:
-    """The image as it is packed, made once more from its file; None if the file is no longer what was noted."""
-    try:
-        data = sample.path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != note.sha256:  # else the bytes are kept as they are
-            image: PackedImage = prepare_image(data, short_side_px)
-            data = image.data
-    except (DamagedImage, OSError):
-        return None
-    return data if hashlib.sha256(data).hexdigest() == note.sha256 else None
+def _packed(wanted: Sequence[Wanted], short_side_px: int | None) -> list[bytes | None]:
+    found: list[bytes | None] = []
+    for place, sha256 in wanted:
+        try:
+            data = place.read()
+            if hashlib.sha256(data).hexdigest() != sha256:  # else the bytes are kept as they are
+                data = prepare_image(data, short_side_px).data
+            found.append(data if hashlib.sha256(data).hexdigest() == sha256 else None)
+        except (DamagedImage, OSError):
+            found.append(None)
+    return found
 
 
-def image_threads() -> ThreadPoolExecutor:
-    """Threads, one a core: Pillow decodes, resizes and encodes without the interpreter's lock."""
-    return ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="images")
+def _parts(numbers: Sequence[int], sizes: Iterable[int]) -> Iterator[list[int]]:
+    part: list[int] = []
+    held = 0
+    for number, size in zip(numbers, sizes, strict=True):
+        if part and (len(part) == IMAGES_PER_TASK or held + size > TASK_BYTES):
+            yield part
+            part, held = [], 0
+        part.append(number)
+        held += size
+    if part:
+        yield part
 
 
-def ordered_map(
-    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item]
-) -> Iterator[Result]:
-    """Results in the order of `items`; never more than a few calls ahead of the consumer, unlike `pool.map`."""
-    ahead = AHEAD_PER_THREAD * pool._max_workers
-    waiting: deque[Future[Result]] = deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
+def _take_up(samples: Sequence[RawSample], notes: Notes, journal: Journal) -> None:
+    """Notes of an earlier run, where they are of a whole image whose file has not changed since."""
+    numbers = {sample.name: number for number, sample in enumerate(samples) if sample.problem is None}
+    for name, note in journal.read():
+        number = numbers.get(name)
+        if number is None or note.damage is not None:
+            continue
+        if (note.file_bytes, note.modified_ns) == samples[number].place.state():
+            notes[number] = note
 
 
-def bar(title: str, total: int, progress: bool) -> AbstractContextManager[Bar]:
-    """The project's progress bar, or one that says nothing."""
-    return progress_bar(title, total) if progress else nullcontext(_Silent())
+def _write_down(samples: Sequence[RawSample], notes: Notes, journal: Journal, fresh: list[int]) -> None:
+    journal.add([samples[i].name for i in fresh], [notes[i] for i in fresh])
+    fresh.clear()
 
 
-class _Silent:
-    def update(self, done: int, note: str = "") -> None:
-        """Say nothing."""
-
-
-def _state(path: Path) -> tuple[int, int]:
-    """Bytes and time of change of a file; -1 where it is gone."""
-    try:
-        state = path.stat()
-    except OSError:
-        return -1, -1
-    return state.st_size, state.st_mtime_ns
-
-
-def _still_true(sample: RawSample, note: Note | None) -> Note | None:
-    """The note, if it is of a whole image and the file has not changed since."""
-    if note is None or note.damage is not None or (note.file_bytes, note.modified_ns) != _state(sample.path):
-        return None
-    return note
+def _reason(error: Exception) -> str:
+    text = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+    return text[:1].lower() + text[1:]

@@ -14,7 +14,7 @@ Fault = Callable[["Handler"], None]
 
 
 class Proxy(ThreadingHTTPServer):
-    """Passes requests on to `upstream`; while `faults` lasts, its first element answers instead."""
+    """Passes requests on to `upstream`; while `faults` lasts, its first element answers instead, else `rule`."""
 
     daemon_threads = True
 
@@ -22,6 +22,7 @@ class Proxy(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.upstream = urlsplit(upstream).netloc
         self.faults: list[Fault] = []
+        self.rule: Fault = pass_on
         self.seen: list[tuple[str, str, str | None]] = []  # method, path, Range
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -36,7 +37,15 @@ class Handler(BaseHTTPRequestHandler):
     def handle_one(self) -> None:
         self.server.seen.append((self.command, self.path, self.headers.get("Range")))
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        (self.server.faults.pop(0) if self.server.faults else pass_on)(self)
+        (self.server.faults.pop(0) if self.server.faults else self.server.rule)(self)
+
+    @property
+    def is_whole_shard(self) -> bool:
+        return self.command == "GET" and self.path.endswith(".tar") and not self.headers.get("Range")
+
+    @property
+    def is_part_of_shard(self) -> bool:
+        return self.command == "GET" and self.path.endswith(".tar") and bool(self.headers.get("Range"))
 
     do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = handle_one
 

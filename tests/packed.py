@@ -7,17 +7,24 @@ import io
 import json
 import tarfile
 from collections.abc import Collection
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from PIL import Image
 
 from cluster.storage import open_storage
+from data_pipeline.config import DataConfig, SamplingConfig
 from data_pipeline.dataset import INDEX_SCHEMA, Dataset, Index, Shard, describe, open_dataset
+from data_pipeline.loader import TrainLoader
+from data_pipeline.shards import ShardReader
 
 
+@cache
 def drawn_jpeg(seed: int, width: int = 48, height: int = 40) -> bytes:
     """A smooth picture with some texture: JPEG keeps it well, and no two seeds look alike."""
     rng = np.random.default_rng(seed)
@@ -33,6 +40,7 @@ def write_packed(
     tail_classes: Collection[int] = (),
     samples_per_shard: int = 16,
     damage: Collection[str] = (),
+    distinct: int | None = None,
 ) -> Dataset:
     """Write and open a packed dataset.
 
@@ -42,6 +50,7 @@ def write_packed(
         tail_classes: Classes whose training samples lie in tail shards.
         samples_per_shard: At which a new shard begins.
         damage: Keys whose image is replaced by zeros of the same length.
+        distinct: Different pictures of a class; none = every sample is another one. Drawing them takes the time.
     """
     storage = open_storage(destination)
     num_classes = len(next(iter(counts.values())))
@@ -56,7 +65,7 @@ def write_packed(
                 data = io.BytesIO()
                 with tarfile.open(fileobj=data, mode="w") as tar:
                     for label, number in samples[first : first + samples_per_shard]:
-                        row = _add(tar, split, int(label), int(number), damage)
+                        row = _add(tar, split, int(label), int(number), damage, distinct)
                         rows.append(row | {"shard": len(shards)})
                 content = data.getvalue()
                 storage.write(path, content)
@@ -99,10 +108,13 @@ def bare_index(labels: np.ndarray, shards: np.ndarray) -> Index:
     )
 
 
-def _add(tar: tarfile.TarFile, split: str, label: int, number: int, damage: Collection[str]) -> dict[str, object]:
+def _add(
+    tar: tarfile.TarFile, split: str, label: int, number: int, damage: Collection[str], distinct: int | None
+) -> dict[str, object]:
     key = f"{split}_{label}_{number}"
-    width, height = 48 + 4 * (number % 3), 40 + 8 * (label % 2)
-    image = drawn_jpeg(hash_of(key), width, height)
+    picture = number if distinct is None else number % distinct
+    width, height = 48 + 4 * (picture % 3), 40 + 8 * (label % 2)
+    image = drawn_jpeg(hash_of(f"{split}_{label}_{picture}"), width, height)
     if key in damage:
         image = bytes(len(image))
     offset = 0
@@ -123,6 +135,40 @@ def _add(tar: tarfile.TarFile, split: str, label: int, number: int, damage: Coll
         "height": height,
         "phash": 0,
     }
+
+
+def train_loader(
+    dataset: Dataset,
+    data: DataConfig,
+    rank: int = 0,
+    world: int = 1,
+    views: int = 1,
+    sampling: SamplingConfig | None = None,
+    **options: Any,
+) -> TrainLoader:
+    """A rank's loader on the CPU: 8 images a global batch, balanced and of seed 7 unless told otherwise."""
+    settings = {"batch_size": 8, "seed": 7, "device": torch.device("cpu")} | options
+    sampling = sampling or SamplingConfig(power=0.0)
+    return TrainLoader(dataset, data, views=views, sampling=sampling, rank=rank, world=world, **settings)
+
+
+def expected_image(index: Index, row: int) -> bytes:
+    """What `write_packed` has written for a row."""
+    return drawn_jpeg(hash_of(index.key[row]), index.width[row], index.height[row])
+
+
+def read_row(reader: ShardReader, index: Index, row: int) -> bytes:
+    """A row's encoded image."""
+    (data,) = reader.read([(int(index.shard[row]), int(index.offset[row]), int(index.length[row]))])
+    return data.tobytes()
+
+
+def assert_reads_every_image(dataset: Dataset, reader: ShardReader, split: str = "train", order: int = -1) -> None:
+    """Read a split, in index order or shuffled by a seed, and compare each image."""
+    index = dataset.index(split)
+    rows = np.arange(len(index)) if order < 0 else np.random.default_rng(order).permutation(len(index))
+    for row in rows.tolist():
+        assert read_row(reader, index, row) == expected_image(index, row)
 
 
 def hash_of(key: str) -> int:

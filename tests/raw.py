@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
+import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from data_pipeline.config import SourceConfig
+from data_pipeline.config import DataConfig, SourceConfig
+from data_pipeline.dataset import Dataset
+from data_pipeline.pack import pack
 
 SIDE_PX = 24
+COUNTS = {"common": 60, "middle": 24, "rare": 9, "rarest": 6}
+# Several shards of each kind, from pictures of about 1 KB.
+SMALL_SHARDS = DataConfig(shard_mib=0.05, tail_budget_mib=0.04)
 
 
 def pattern(seed: int, side_px: int = SIDE_PX) -> Image.Image:
@@ -48,7 +55,62 @@ def table_source(folder: Path, counts: dict[str, int], per_group: int = 2) -> So
     return SourceConfig(path=str(folder), labels="labels.csv", group_column="group")
 
 
+def table(folder: Path) -> SourceConfig:
+    """99 pictures of four classes, imbalance 10, two a patient."""
+    return table_source(folder, COUNTS, per_group=2)
+
+
+def pack_quietly(source: SourceConfig, data: DataConfig, destination: Path | str, seed: int = 0) -> Dataset:
+    """Pack without progress bars."""
+    return pack(source, data, str(destination), seed, progress=False)
+
+
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below a folder."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
+    """A picture as the bytes of a file."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]], **header: object) -> Path:
+    """A shard of these members in this order, names as they are; `header` overrides fields of every one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            for field, value in header.items():
+                setattr(info, field, value)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def sample_members(key: str, seed: int, label: object, suffix: str = "jpg") -> list[tuple[str, bytes]]:
+    """Image and `.cls` of one sample."""
+    kind = {"jpg": "JPEG", "png": "PNG"}[suffix]
+    return [(f"{key}.{suffix}", encoded(pattern(seed), kind)), (f"{key}.cls", str(label).encode())]
+
+
+def rough_images(number: int, side_px: int = 28, channels: int | None = 3, seed: int = 0) -> np.ndarray:
+    """uint8 [number, side, side] or [..., channels]: pictures as `pattern` draws them, as MedMNIST stores them."""
+    images = np.stack([np.asarray(pattern(seed * 10_000 + i, side_px)) for i in range(number)])
+    return images if channels == 3 else images[..., 0]
+
+
+def medmnist(
+    path: Path, counts: dict[str, int], channels: int | None = 3, compressed: bool = True
+) -> dict[str, np.ndarray]:
+    """An `.npz` of MedMNIST's layout, labels 0, 1, 2 in turn; its arrays."""
+    arrays = {}
+    for place, (split, number) in enumerate(counts.items()):
+        arrays[f"{split}_images"] = rough_images(number, channels=channels, seed=place)
+        arrays[f"{split}_labels"] = (np.arange(number) % 3).astype(np.uint8)[:, None]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (np.savez_compressed if compressed else np.savez)(path, **arrays)
+    return arrays

@@ -9,7 +9,7 @@ from cluster.errors import UserError
 from data_pipeline.audit import audit
 from data_pipeline.config import DataConfig, SourceConfig, SplitConfig
 from data_pipeline.pack import pack
-from tests.raw import pattern, save, table_source, write_csv
+from tests.raw import medmnist, pattern, sample_members, save, table_source, write_csv, write_tar
 
 
 def text(report):
@@ -112,8 +112,76 @@ def test_two_packed_datasets(tmp_path):
 def test_a_path_that_is_nothing(tmp_path):
     with pytest.raises(UserError) as error:
         audit(str(tmp_path / "train.csv"), str(tmp_path / "test.csv"))
-    assert f"{tmp_path}/train.csv: there is no such packed dataset, CSV or folder; give the path of one" in str(
-        error.value
+    assert str(error.value) == (
+        f"{tmp_path}/train.csv: there is no such packed dataset, table of labels, folder or file; give one's path"
     )
-    with pytest.raises(UserError, match=r"no packed dataset at .*/x: it holds no dataset.json"):
-        audit(str(tmp_path / "x"))
+
+
+def test_conflicts_and_unreadable_files_are_counted_by_class(tmp_path):
+    for number, label in enumerate("aaabbb"):
+        save(tmp_path / "one" / label / f"{number}.png", pattern(number))
+        save(tmp_path / "two" / label / f"{number}.png", pattern(100 + number))
+    save(tmp_path / "two" / "b" / "4.png", pattern(0))  # a picture of the other set's a
+    (tmp_path / "two" / "a" / "1.png").write_bytes(b"")
+    (tmp_path / "one" / "a" / "2.png").write_bytes(b"none")
+    report = audit(str(tmp_path / "one"), str(tmp_path / "two"), progress=False)
+    found = {entry.name: entry for entry in report.classes}
+    assert (found["a"].conflicts, found["b"].conflicts, report.conflicts) == (1, 1, 2)
+    assert (found["a"].unreadable, found["b"].unreadable) == (2, 0) and len(report.unreadable) == 2
+    assert found["a"].samples == {"train": 2, "test": 2} and found["b"].leaked == {"test": 1}
+    values = report.to_json()
+    assert values["leaked_share"] == {"test": 1 / 5} and values["clean"] is False
+    assert [entry["leaked_share"] for entry in values["classes"]] == [{"test": 0.0}, {"test": 1 / 3}]
+    assert "33.3%" in text(report)
+
+
+def test_clean_means_nothing_at_all(tmp_path):
+    for part, first in (("one", 0), ("two", 100)):
+        for i in range(4):
+            save(tmp_path / part / "ab"[i % 2] / f"{i}.jpg", pattern(first + i))
+    assert audit(str(tmp_path / "one"), str(tmp_path / "two"), progress=False).clean
+    (tmp_path / "two" / "a" / "2.jpg").write_bytes(b"")
+    report = audit(str(tmp_path / "one"), str(tmp_path / "two"), progress=False)
+    assert not report.leaks and not report.clean
+
+
+def test_a_medmnist_file_is_looked_at_by_its_own_splits(tmp_path):
+    arrays = medmnist(tmp_path / "x.npz", {"train": 9, "val": 3, "test": 6})
+    arrays["test_images"][4] = arrays["train_images"][1]
+    np.savez(tmp_path / "leaks.npz", **arrays)
+    assert not audit(str(tmp_path / "x.npz"), progress=False).leaks
+    report = audit(str(tmp_path / "leaks.npz"), progress=False)
+    assert report.leaked_by_split() == {"val": (0, 3), "test": (1, 6)} and report.splits == ("train", "val", "test")
+
+
+def test_shards_against_a_table(tmp_path):
+    write_tar(tmp_path / "s.tar", [m for i in range(4) for m in sample_members(f"k{i}", i, "ab"[i % 2])])
+    for i in range(4):
+        save(tmp_path / "images" / f"{i}.jpg", pattern(3 * i), quality=90)
+    write_csv(tmp_path / "t.csv", ["image", "label"], [(str(i), "ab"[i % 2]) for i in range(4)])
+    columns = SourceConfig(path=str(tmp_path / "images"))
+    report = audit(str(tmp_path / "s.tar"), str(tmp_path / "t.csv"), columns, progress=False)
+    assert report.leaked_by_split() == {"test": (2, 4)}  # pictures 0 and 3
+
+
+def test_a_single_set_without_splits(tmp_path):
+    for i in range(4):
+        save(tmp_path / "ab"[i % 2] / f"{i}.jpg", pattern(i))
+    with pytest.raises(UserError) as error:
+        audit(str(tmp_path), progress=False)
+    assert str(error.value) == (
+        f"{tmp_path} is no packed dataset and gives no splits; pack it first, name its column of splits, or give a "
+        "training set and a test set"
+    )
+
+
+def test_verify_finds_a_shard_that_was_altered(tmp_path):
+    source = table_source(tmp_path / "raw", {"a": 12, "b": 12})
+    pack(source, DataConfig(), str(tmp_path / "d"), 0, progress=False)
+    shard = tmp_path / "d" / "val" / "000000.tar"
+    content = bytearray(shard.read_bytes())
+    content[600] ^= 1
+    shard.write_bytes(content)
+    assert not audit(str(tmp_path / "d")).leaks
+    with pytest.raises(UserError, match=r"val/000000.tar of the packed dataset .*/d is altered: its SHA-256 is"):
+        audit(str(tmp_path / "d"), verify=True)

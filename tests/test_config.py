@@ -66,7 +66,9 @@ def test_everything_is_frozen_closed_and_every_default_is_allowed():
         ),
         (
             {"stage_one": {"loss": {"name": "xyz"}}},
-            "stage_one.loss.name = 'xyz' is not known; known: batch_hard_triplet, none, supervised_contrastive",
+            "stage_one.loss.name = 'xyz' is not known; known: all_triplet, balanced_contrastive, batch_hard_triplet, "
+            "centre, class_centre_triplet, multi_similarity, none, progressive_class_centre_triplet, proxy_anchor, "
+            "semi_hard_triplet, supervised_contrastive",
         ),
         (
             {"stage_two": {"families": ["crt", "crtt"]}},
@@ -170,3 +172,13 @@ def test_flatten_and_nearest():
     assert flatten({"a": {"b": {"c": 1}, "d": [2]}, "e": None}) == {"a.b.c": 1, "a.d": [2], "e": None}
     assert nearest("tau", ["tau_norm", "crt"]) == "did you mean 'tau_norm'?"
     assert nearest("xyz", ["b", "a"]) == "known: a, b"
+
+
+def test_a_configuration_in_a_bucket_is_read(moto_s3):
+    from cluster.storage import open_storage
+
+    open_storage(f"{moto_s3}/configs").write("best.yaml", b"seed: 7\nmodel: {embedding_dim: 8}")
+    config = load_config(Config, f"{moto_s3}/configs/best.yaml", ["seed=8"])
+    assert (config.seed, config.model.embedding_dim) == (8, 8)
+    with pytest.raises(UserError, match=r"s3://.*/configs/worst.yaml does not exist"):
+        load_config(Config, f"{moto_s3}/configs/worst.yaml")

@@ -1,8 +1,11 @@
+import hashlib
 import json
 import pickle
 import re
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from cluster.errors import UserError
@@ -133,3 +136,49 @@ def test_description_that_cannot_be_used(packed, change, message):
 def test_description_that_is_no_json(packed):
     (packed / "dataset.json").write_bytes(b"\xff{")
     fails(packed, "{uri}/dataset.json is no description of a packed dataset; pack the dataset again")
+
+
+def rewrite_index(packed, change):
+    """Change the index's columns, with sizes and checksums that fit: only what it says is wrong."""
+    table = pq.read_table(packed / "index.parquet")
+    columns = {name: table[name].to_pylist() for name in table.column_names}
+    change(columns)
+    pq.write_table(pa.table(columns, schema=table.schema), packed / "index.parquet")
+    content = (packed / "index.parquet").read_bytes()
+    description = json.loads((packed / "dataset.json").read_text())
+    description["index"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (packed / "dataset.json").write_text(json.dumps(description))
+    return columns
+
+
+@pytest.mark.parametrize(
+    "column, value, what",
+    [
+        ("label", 3, "a label that is none of the classes"),
+        ("label", -1, "a label that is none of the classes"),
+        ("shard", 3, "a shard that is not there"),
+        ("shard", -1, "a shard that is not there"),
+        ("offset", 10**9, "bytes outside of its shard"),
+        ("offset", -512, "bytes outside of its shard"),
+        ("length", 10**9, "bytes outside of its shard"),
+        ("split", "val", "another split than its shard"),
+        ("split", "valid", "another split than its shard"),
+    ],
+)
+def test_an_index_that_does_not_fit_its_dataset(packed, column, value, what):
+    columns = rewrite_index(packed, lambda columns: columns[column].__setitem__(2, value))
+    with pytest.raises(UserError) as error:
+        open_dataset(str(packed)).index("train")
+    assert str(error.value) == (
+        f"index.parquet of the packed dataset {packed} gives sample {columns['key'][2]!r} {what}; "
+        "pack the dataset again"
+    )
+
+
+def test_an_index_with_a_key_twice(packed):
+    columns = rewrite_index(packed, lambda columns: columns["key"].__setitem__(2, columns["key"][7]))
+    with pytest.raises(UserError) as error:
+        open_dataset(str(packed)).index("test")
+    assert str(error.value) == (
+        f"index.parquet of the packed dataset {packed} has the key {columns['key'][7]!r} twice; pack the dataset again"
+    )

@@ -1,214 +1,188 @@
-"""DALI against Pillow.
-
-Tolerance: both decode by libjpeg and resize with a triangle filter, but Pillow rounds to 8 bits between its two passes
-and DALI's fused crop may start chroma upsampling at the window: a mean difference below one grey level of 255.
-"""
+"""The decoder: what it takes, in which order it gives, what becomes of damaged images, and that nothing else counts."""
 
 import io
+import os
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageOps
 
 from cluster.errors import UserError
-from data_pipeline.augment import uniform_numbers, view_parameters
-from data_pipeline.config import AugmentConfig
-from data_pipeline.decode import DecodeError, Decoder, DecoderSettings, ImageSettings, find_damaged
-from tests.packed import drawn_jpeg
+from data_pipeline.augment import draw_views
+from data_pipeline.config import AugmentConfig, DataConfig, SamplingConfig
+from data_pipeline.decode import DecodeError, Decoder, find_damaged
+from data_pipeline.images import prepare_image
+from data_pipeline.loader import TrainLoader
+from data_pipeline.stream import TrainStream
+from tests.packed import write_packed
+from tests.pictures import JPEG_SIZES, JPEGS, decode, draw, encoded, grey_levels, png, settings
 
 CPU = torch.device("cpu")
-IMAGE = ImageSettings(image_px=32, resize_ratio=1.143, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
-PLAIN = AugmentConfig(flip_horizontal=False, brightness=0, contrast=0, saturation=0)
-SIZES = [(96, 72), (64, 64), (50, 81), (40, 40), (120, 90), (33, 70)]
-ENCODED = [np.frombuffer(drawn_jpeg(seed, *size), dtype=np.uint8) for seed, size in enumerate(SIZES)]
-ONE_LEVEL = 1 / 255
+EVERYTHING = AugmentConfig(
+    flip_vertical=True,
+    rotate_deg=20,
+    rand_augment="rand-m9-n2",
+    blur_sigma_max_px=2.0,
+    hue_deg=10,
+    cutout_share=0.1,
+)
 
 
-def settings(augment=None, views=1, batch_size=6):
-    return DecoderSettings(IMAGE, batch_size, CPU, augment=augment, views=views)
+def source(mode="RGB", size=(64, 48)):
+    rng = np.random.default_rng(5)
+    coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+    return coarse.resize(size, Image.Resampling.BICUBIC).convert(mode)
 
 
-def parameters(augment, view=0):
-    numbers = uniform_numbers(0, 0, view, np.arange(len(SIZES)))
-    return view_parameters(augment, numbers, *np.array(SIZES).T)
+def packed(image, kind, **options):
+    return np.frombuffer(prepare_image(encoded(image, kind, **options).tobytes()).data, dtype=np.uint8)
 
 
-def decode(config, *views):
-    decoder = Decoder(config)
-    decoder.submit(ENCODED, views)
-    return decoder.result()
+def exif(orientation):
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags
 
 
-def assert_like(images, expected, levels=1.0):
-    """Images [B, 3, px, px] against Pillow images, in units of 0..1."""
-    mean, std = (np.array(numbers)[:, None, None] for numbers in (IMAGE.mean, IMAGE.std))
-    for image, other in zip(images.numpy(), expected, strict=True):
-        reference = np.asarray(other, dtype=np.float64).transpose(2, 0, 1) / 255
-        assert np.abs(image * std + mean - reference).mean() < levels * ONE_LEVEL
+@pytest.mark.parametrize("augment", [None, EVERYTHING])
+def test_results_come_in_order_and_keep_their_memory(augment):
+    made = draw(augment, JPEG_SIZES) if augment else None
+
+    def submit(decoder, first, last):
+        decoder.submit(JPEGS[first:last], [made.select(slice(first, last))] if made else [])
+
+    decoder = Decoder(settings(augment, batch_size=4))
+    for number in range(2):
+        submit(decoder, number, 2 * number + 1)
+    results = []
+    for number in range(2, 12):
+        results.append(decoder.result())
+        submit(decoder, number % 5, number % 5 + 1)
+    copies = [result.clone() for result in results]
+    results += [decoder.result(), decoder.result()]
+    assert [len(result) for result in results] == [1, 2] + [1] * 10
+    expected = decode(settings(augment), JPEGS, *([made] if made else []))
+    for number, result in enumerate(results):
+        assert torch.equal(result[0], expected[number if number < 2 else number % 5])
+    assert all(torch.equal(a, b) for a, b in zip(copies, results, strict=False))
 
 
-def pil_crops(made):
-    for data, (top, left), (height, width) in zip(ENCODED, made.anchor, made.shape, strict=True):
-        image = Image.open(io.BytesIO(data.tobytes()))
-        crop = image.crop((left, top, left + width, top + height))
-        yield crop.resize((32, 32), Image.Resampling.BILINEAR)
-
-
-def test_crop_resize_and_normalise():
-    made = parameters(PLAIN)
-    images = decode(settings(PLAIN), made)
-    assert images.shape == (len(SIZES), 3, 32, 32) and images.dtype == torch.float32
-    assert images.is_contiguous(memory_format=torch.channels_last)
-    assert_like(images, pil_crops(made))
-
-
-def test_flips():
-    augment = PLAIN.model_copy(update={"flip_horizontal": True, "flip_vertical": True})
-    made = parameters(augment)
-    assert 0 < made.mirror.sum() < len(SIZES) and 0 < made.upside_down.sum() < len(SIZES)
-    expected = []
-    for crop, mirror, upside_down in zip(pil_crops(made), made.mirror, made.upside_down, strict=True):
-        mirrored = ImageOps.mirror(crop) if mirror else crop
-        expected.append(ImageOps.flip(mirrored) if upside_down else mirrored)
-    assert_like(decode(settings(augment), made), expected)
-
-
-def test_rotation_turns_the_crop_and_leaves_no_black_corners():
-    augment = PLAIN.model_copy(update={"rotate_deg": 180.0})
-    made = parameters(augment)
-    images = decode(settings(augment), made)
-    upright = decode(settings(PLAIN), made)
-    disc = torch.from_numpy(np.hypot(*(np.mgrid[:32, :32] - 15.5)) < 14)
-    for image, plain, angle in zip(images, upright, made.angle, strict=True):
-        mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (IMAGE.mean, IMAGE.std))
-        pixels = ((plain * std + mean) * 255).round().byte().permute(1, 2, 0).numpy()
-        turned = Image.fromarray(pixels).rotate(float(angle), Image.Resampling.BILINEAR)
-        reference = torch.from_numpy(np.array(turned)).permute(2, 0, 1) / 255
-        assert (image * std + mean - reference)[:, disc].abs().mean() < ONE_LEVEL
-        inside = plain.amin(dim=(1, 2)) - 0.05, plain.amax(dim=(1, 2)) + 0.05
-        assert (image.amin(dim=(1, 2)) > inside[0]).all() and (image.amax(dim=(1, 2)) < inside[1]).all()
-
-
-def test_brightness_and_contrast():
-    """DALI takes the contrast about mid-grey (128), Pillow about the image's mean: plain arithmetic instead."""
-    augment = PLAIN.model_copy(update={"brightness": 0.3})
-    made = parameters(augment)
-    expected = [
-        ImageEnhance.Brightness(crop).enhance(float(factor))
-        for crop, factor in zip(pil_crops(made), made.brightness, strict=True)
-    ]
-    assert_like(decode(settings(augment), made), expected)
-    augment = PLAIN.model_copy(update={"contrast": 0.3})
-    made = parameters(augment)
-    expected = [
-        np.clip((np.asarray(crop, dtype=float) - 128) * factor + 128, 0, 255)
-        for crop, factor in zip(pil_crops(made), made.contrast, strict=True)
-    ]
-    assert_like(decode(settings(augment), made), expected)
-
-
-def test_saturation_and_hue_change_colours_and_leave_greys():
-    augment = PLAIN.model_copy(update={"saturation": 0.9, "hue_deg": 180.0})
-    made = parameters(augment)
-    mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (IMAGE.mean, IMAGE.std))
-    before, after = (decode(settings(config), made) * std + mean for config in (PLAIN, augment))
-    assert (before - after).abs().mean() > 5 * ONE_LEVEL
-    grey = np.full((40, 40, 3), 90, dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(grey).save(buffer, "PNG")
-    decoder = Decoder(settings(augment))
-    part = made.select(slice(0, 4))
-    part = replace(part, anchor=np.zeros_like(part.anchor), shape=np.full_like(part.shape, 40))
-    decoder.submit([np.frombuffer(buffer.getvalue(), dtype=np.uint8)] * 4, [part])
-    assert ((decoder.result() * std + mean) * 255 - 90).abs().max() < 2
-
-
-def test_two_views_from_one_decoding_are_two_single_views():
-    augment = AugmentConfig(rotate_deg=10, flip_vertical=True, hue_deg=5)
-    first, second = parameters(augment, 0), parameters(augment, 1)
-    both = decode(settings(augment, views=2), first, second)
-    assert both.shape == (2 * len(SIZES), 3, 32, 32) and both.is_contiguous(memory_format=torch.channels_last)
-    assert (both[: len(SIZES)] - both[len(SIZES) :]).abs().mean() > 0.1
-    assert torch.equal(both, decode(settings(augment, views=2), first, second))
-    singles = torch.cat([decode(settings(augment), first), decode(settings(augment), second)])
-    # The whole image and the crop window are decoded with other chroma at the window's border.
-    assert (both - singles).abs().mean() * 0.25 < ONE_LEVEL
-
-
-def test_evaluation_is_short_side_and_centre_crop():
-    expected = []
-    for data in ENCODED:
-        image = Image.open(io.BytesIO(data.tobytes()))
-        width, height = (int(side * 36 / min(image.size) + 0.5) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-        left, top = (width - 31) // 2, (height - 31) // 2  # half a pixel goes to the right
-        expected.append(image.crop((left, top, left + 32, top + 32)))
-    assert_like(decode(settings()), expected)
-
-
-def test_evaluation_crop_is_centred():
-    sides = {
-        (px, ratio): replace(IMAGE, image_px=px, resize_ratio=ratio).short_px
-        for px in (33, 128, 224)
-        for ratio in (1.0, 1.143)
-    }
-    assert sides == {
-        (33, 1.0): 33,
-        (33, 1.143): 37,
-        (128, 1.0): 128,
-        (128, 1.143): 146,
-        (224, 1.0): 224,
-        (224, 1.143): 256,
-    }
+@pytest.mark.parametrize("views", [1, 2])
+def test_threads_batches_and_neighbours_change_no_bit(views):
+    made = [draw(EVERYTHING, JPEG_SIZES, view) for view in range(views)]
+    whole = decode(settings(EVERYTHING, views=views), JPEGS, *made).unflatten(0, (views, -1))
+    threads = decode(settings(EVERYTHING, views=views, threads=3), JPEGS, *made)
+    assert torch.equal(threads.unflatten(0, (views, -1)), whole)
+    decoder = Decoder(settings(EVERYTHING, views=views, threads=1, batch_size=1))
+    for number in range(len(JPEGS)):
+        decoder.submit([JPEGS[number]], [view.select(slice(number, number + 1)) for view in made])
+        assert torch.equal(decoder.result(), whole[:, number])
+    order = np.array([4, 0, 5, 2, 1, 3])
+    shuffled = decode(
+        settings(EVERYTHING, views=views), [JPEGS[i] for i in order], *[view.select(order) for view in made]
+    )
+    assert torch.equal(shuffled.unflatten(0, (views, -1)), whole[:, torch.from_numpy(order)])
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "CMYK"])
 def test_other_pixel_formats_come_out_as_rgb(mode):
-    buffer = io.BytesIO()
-    Image.open(io.BytesIO(ENCODED[1].tobytes())).convert(mode).save(buffer, "JPEG" if mode == "CMYK" else "PNG")
-    decoder = Decoder(settings())
-    decoder.submit([np.frombuffer(buffer.getvalue(), dtype=np.uint8)])
-    assert decoder.result().shape == (1, 3, 32, 32)
+    image = decode(settings(), [encoded(source(mode), "JPEG" if mode == "CMYK" else "PNG")])
+    assert image.shape == (1, 3, 32, 32)
 
 
-def test_results_come_in_order_and_keep_their_memory():
-    decoder = Decoder(settings(batch_size=4))
-    for number in range(2):
-        decoder.submit(ENCODED[number : number + 1 + number])
-    results = []
-    for number in range(2, 12):
-        results.append(decoder.result())
-        decoder.submit(ENCODED[number % 5 : number % 5 + 1])
-    copies = [result.clone() for result in results]
-    results += [decoder.result(), decoder.result()]
-    assert [len(result) for result in results] == [1, 2] + [1] * 10
-    expected = decode(settings())
-    for number, result in enumerate(results):
-        torch.testing.assert_close(result[0], expected[number if number < 2 else number % 5], rtol=0, atol=0)
-    assert all(torch.equal(a, b) for a, b in zip(copies, results, strict=False))
+@pytest.mark.parametrize(
+    ("mode", "kind"), [("L", "PNG"), ("L", "JPEG"), ("RGB", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG"), ("RGBA", "WEBP")]
+)
+def test_what_packing_made_of_any_format_is_decoded_as_pillow_sees_it(mode, kind):
+    data = packed(source(mode, (36, 36)), kind)
+    reference = np.asarray(Image.open(io.BytesIO(data.tobytes())).convert("RGB"), dtype=float)[2:34, 2:34]
+    (image,) = grey_levels(decode(settings(), [data]))
+    assert np.abs(image - reference).max() <= 2.001  # libjpeg's colour conversion in two builds
+    if mode == "L":
+        assert np.ptp(image, axis=-1).max() < 1e-3
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_that_were_turned_by_exif_come_out_upright(orientation):
+    image = source(size=(48, 36))
+    given = encoded(image, "JPEG", exif=exif(orientation), quality=95, subsampling=0)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(given.tobytes())))  # its short side is 36 already
+    left, top = (upright.width - 32) // 2, (upright.height - 32) // 2
+    expected = np.asarray(upright.crop((left, top, left + 32, top + 32)), dtype=float)
+    data = np.frombuffer(prepare_image(given.tobytes()).data, dtype=np.uint8)
+    assert np.abs(grey_levels(decode(settings(), [data]))[0] - expected).mean() < 2  # it was encoded twice
 
 
 def test_a_damaged_image_is_found_and_the_decoder_goes_on():
-    broken = [*ENCODED]
-    broken[1], broken[4] = np.zeros(500, dtype=np.uint8), ENCODED[4][:40]
+    broken = [*JPEGS]
+    broken[1], broken[4] = np.zeros(500, dtype=np.uint8), JPEGS[4][:40]
     decoder = Decoder(settings())
     decoder.submit(broken)
-    decoder.submit(ENCODED)
+    decoder.submit(JPEGS)
     with pytest.raises(DecodeError):
         decoder.result()
     found = find_damaged(settings(), broken)
     assert sorted(found) == [1, 4]
     assert "no image format that is known" in found[1]
-    decoder.submit(ENCODED)
-    assert torch.equal(decoder.result(), decode(settings()))
-    made = parameters(AugmentConfig())
-    assert sorted(find_damaged(settings(AugmentConfig()), broken, [made])) == [1, 4]
+    decoder.submit(JPEGS)
+    assert torch.equal(decoder.result(), decode(settings(), JPEGS))
+    for augment in (AugmentConfig(), EVERYTHING):
+        assert sorted(find_damaged(settings(augment), broken, [draw(augment, JPEG_SIZES)])) == [1, 4]
 
 
 def test_decoding_on_a_gpu_needs_one():
     with pytest.raises(UserError, match=r"data\.decode = mixed needs a GPU, .* set data\.decode=auto"):
-        Decoder(replace(settings(), decode="mixed")).submit(ENCODED)
+        Decoder(replace(settings(), decode="mixed")).submit(JPEGS)
     assert replace(settings(), device=torch.device("cuda:1")).mixed
     assert not replace(settings(), device=torch.device("cuda"), decode="cpu").mixed
+
+
+def test_images_of_tail_and_body_are_treated_alike(tmp_path):
+    """Whichever shard an image comes from, it is what the graph makes of its bytes and of its position's numbers."""
+    data = DataConfig(image_px=32, streams=4, decode_threads=1, augment=EVERYTHING)
+    dataset = write_packed(tmp_path, {"train": [30, 6, 20, 4], "val": [1] * 4, "test": [1] * 4}, tail_classes=[1, 3])
+    sampling, index = SamplingConfig(power=0.0), dataset.index("train")
+    tail = [number for number, shard in enumerate(dataset.shards) if shard.kind == "tail"]
+    loader = TrainLoader(dataset, data, batch_size=16, views=2, sampling=sampling, seed=7, rank=0, world=1, device=CPU)
+    stream = TrainStream(index, dataset.classes, 16, sampling, 4, 7, tail)
+    image = replace(settings().image, mean=dataset.mean, std=dataset.std)
+    decoder, kinds = Decoder(settings(EVERYTHING, views=2, image=image)), set()
+    for batch in loader.epoch(0):
+        rows, positions = stream.rank_rows(0, batch.step)
+        np.testing.assert_array_equal(rows, batch.rows)
+        kinds |= {dataset.shards[number].kind for number in index.shard[rows]}
+        views = draw_views(EVERYTHING, 32, (7, 0), positions, 2, (index.width[rows], index.height[rows]))
+        files = [
+            np.fromfile(
+                os.path.join(tmp_path, dataset.shards[index.shard[row]].path),
+                dtype=np.uint8,
+                count=index.length[row],
+                offset=index.offset[row],
+            )
+            for row in rows
+        ]
+        decoder.submit(files, views)
+        assert torch.equal(batch.images, decoder.result())
+    loader.close()
+    assert kinds == {"tail", "body"}
+
+
+def test_a_png_of_sixteen_bits_comes_out_by_packings_rule():
+    levels = (np.arange(40 * 40).reshape(40, 40) * 40).astype(np.uint16)
+    data = packed(Image.fromarray(levels), "PNG")
+    image = grey_levels(decode(settings(image=replace(settings().image, resize_ratio=1.0)), [data]))
+    small = np.asarray(Image.fromarray(np.rint(levels / 257).astype(np.uint8)).resize((32, 32), 2), dtype=float)
+    assert np.abs(image[0] - small[..., None]).max() <= 1.01
+
+
+def test_an_image_is_decoded_no_larger_than_its_window():
+    """The window of a large PNG alone decides what comes out."""
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    plain = AugmentConfig(flip_horizontal=False, brightness=0, contrast=0, saturation=0)
+    made = draw(plain, [(120, 90)])
+    made = replace(made, anchor=np.array([[7, 50]], np.int32), shape=np.array([[32, 32]], np.int32))
+    (image,) = grey_levels(decode(settings(plain), [png(picture)], made))
+    np.testing.assert_allclose(image, picture[7:39, 50:82], atol=1e-3)

@@ -1,11 +1,13 @@
 import io
+import struct
+import zlib
 from contextlib import suppress
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.images import DamagedImage, perceptual_hash, prepare_image
+from data_pipeline.images import MAX_PIXELS, DamagedImage, perceptual_hash, prepare_image
 from tests.raw import pattern
 
 
@@ -35,15 +37,29 @@ def test_other_formats_become_png_without_loss(kind):
     np.testing.assert_array_equal(np.asarray(decoded(packed)), np.asarray(pattern(1)))
 
 
-def test_exif_orientation_is_applied_and_dropped():
-    upright = pattern(2, 32).crop((0, 0, 32, 20))
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_exif_orientation_is_applied_and_dropped(kind, orientation):
+    stored = pattern(2, 32).crop((0, 0, 32, 20))
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held upright: turn by 270 degrees
-    turned = upright.transpose(Image.Transpose.ROTATE_90)
-    packed = prepare_image(encoded(turned, "JPEG", quality=95, subsampling=0, exif=exif))
-    assert (packed.suffix, packed.width, packed.height) == ("jpg", 32, 20)
-    assert 0x0112 not in decoded(packed).getexif()
-    assert np.abs(np.asarray(decoded(packed), dtype=int) - np.asarray(upright)).mean() < 3
+    exif[0x0112] = orientation
+    options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
+    packed = prepare_image(encoded(stored, kind, exif=exif, **options))
+    pixels = np.asarray(stored, dtype=int)  # the tag says where row 0 and column 0 of the scene are (EXIF 2.3, 4.6.4)
+    upright = {
+        1: pixels,
+        2: pixels[:, ::-1],
+        3: pixels[::-1, ::-1],
+        4: pixels[::-1],
+        5: pixels.swapaxes(0, 1),
+        6: pixels[::-1].swapaxes(0, 1),
+        7: pixels[::-1, ::-1].swapaxes(0, 1),
+        8: pixels[:, ::-1].swapaxes(0, 1),
+    }[orientation]
+    assert (packed.height, packed.width) == upright.shape[:2]
+    assert packed.suffix == ("jpg" if kind == "JPEG" else "png")
+    assert decoded(packed).getexif().get(0x0112, 1) == 1
+    assert np.abs(np.asarray(decoded(packed), dtype=int) - upright).mean() <= (3 if kind == "JPEG" else 0)
 
 
 def test_16_bit_grey_spans_0_to_255():
@@ -52,6 +68,51 @@ def test_16_bit_grey_spans_0_to_255():
         pixels = np.asarray(decoded(prepare_image(encoded(Image.fromarray(values), kind))))
         np.testing.assert_array_equal(pixels, np.rint(values / 257))
         assert pixels.dtype == np.uint8 and pixels[0, -1] == 255
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_16_bit_grey_tiffs_of_either_byte_order(order):
+    values = np.random.default_rng(0).integers(0, 65536, (6, 7)).astype(f"{order}u2")
+    pixels = np.asarray(decoded(prepare_image(encoded(Image.fromarray(values), "TIFF"))))
+    np.testing.assert_array_equal(pixels, np.rint(values / 257))
+
+
+def test_16_bit_colour_keeps_the_high_byte():
+    values = np.random.default_rng(0).integers(0, 65536, (5, 6, 3)).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in values)  # filter type 0, then the row
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", 6, 5, 16, 2, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    packed = prepare_image(png)
+    assert packed.data != png
+    np.testing.assert_array_equal(np.asarray(decoded(packed)), values // 256)
+
+
+@pytest.mark.parametrize("mode", ["LA", "PA", "RGBA", "RGB"])
+def test_every_kind_of_transparency_shows_white(mode):
+    image = pattern(3).convert("RGBA")
+    image.putalpha(Image.new("L", image.size, 0))
+    if mode == "RGB":  # one colour is declared transparent
+        data = encoded(Image.new("RGB", (5, 5), (9, 8, 7)), "PNG", transparency=(9, 8, 7))
+    else:
+        data = encoded(image.convert(mode), "TIFF" if mode == "PA" else "PNG")
+    assert np.asarray(decoded(prepare_image(data)).convert("RGB")).min() == 255
+
+
+@pytest.mark.parametrize("kind, mode", [("TIFF", "LAB"), ("TIFF", "YCbCr"), ("TIFF", "CMYK"), ("TIFF", "1")])
+def test_other_colour_spaces_become_what_pillow_makes_of_them(kind, mode):
+    data = encoded(pattern(3).convert(mode), kind)
+    expected = Image.open(io.BytesIO(data)).convert("L" if mode == "1" else "RGB")
+    np.testing.assert_array_equal(np.asarray(decoded(prepare_image(data))), np.asarray(expected))
+
+
+def test_of_several_frames_the_first_is_taken():
+    for kind, options in (("TIFF", {}), ("WEBP", {"lossless": True})):
+        data = encoded(pattern(3), kind, save_all=True, append_images=[pattern(4)], **options)
+        np.testing.assert_array_equal(np.asarray(decoded(prepare_image(data))), np.asarray(pattern(3)))
 
 
 def test_transparency_is_laid_over_white():
@@ -117,9 +178,32 @@ def test_damaged_images_say_why(data, reason):
     assert reason in str(error.value) and str(error.value)
 
 
+def says_it_is(data, kind, side_px):
+    """The same bytes with another size in the header."""
+    if kind == "JPEG":
+        place = data.index(b"\xff\xc0") + 5
+        return data[:place] + struct.pack(">HH", side_px, side_px) + data[place + 4 :]
+    if kind == "PNG":
+        header = b"IHDR" + struct.pack(">II", side_px, side_px) + data[24:29]
+        return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
+    for tag in (256, 257):  # ImageWidth, ImageLength
+        place = next(data.index(entry) for entry in (struct.pack("<HHI", tag, t, 1) for t in (3, 4)) if entry in data)
+        data = data[: place + 2] + struct.pack("<HII", 4, 1, side_px) + data[place + 12 :]
+    return data
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+@pytest.mark.parametrize("side_px", [10_000, 60_000])
+def test_a_hundred_megapixels_are_refused_by_the_header_alone(kind, side_px):
+    data = says_it_is(encoded(pattern(0), kind), kind, side_px)
+    with pytest.raises(DamagedImage, match=f"more than the {MAX_PIXELS} "):
+        prepare_image(data)  # there are no such pixels: decoding would have said so
+    assert MAX_PIXELS < 100_000_000
+
+
 def test_an_image_of_too_many_pixels_is_refused(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(DamagedImage, match="more than 2000 pixels"):
+    monkeypatch.setattr("data_pipeline.images.MAX_PIXELS", 1000)
+    with pytest.raises(DamagedImage, match="64 x 64 pixels, more than the 1000 that are read"):
         prepare_image(PNG)
 
 

@@ -1,13 +1,14 @@
 """rarelens -> tuning -> trainer -> data_pipeline -> cluster, never back; and maths imports no machinery."""
 
 import ast
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = ("rarelens", "tuning", "trainer", "data_pipeline", "cluster")  # top to bottom
-PURE = ("trainer/losses", "trainer/pairwise.py", "data_pipeline/sampling.py")
+PURE = ("trainer/losses/*", "trainer/pairwise*.py", "data_pipeline/sampling.py")
 MACHINERY = ("ray", "deepspeed", "torch.distributed")
 
 
@@ -63,7 +64,7 @@ def violations(root: Path) -> list[str]:
         path = file.relative_to(root).as_posix()
         layer = path.split("/")[0].removesuffix(".py")
         forbidden = [*LAYERS[: LAYERS.index(layer)], "tests", "benchmarks"]
-        if any(path == pure or path.startswith(f"{pure}/") for pure in PURE):
+        if any(fnmatch(path, pure) for pure in PURE):
             forbidden += MACHINERY
         package = ".".join(file.relative_to(root).parent.parts)
         lines = {
@@ -79,7 +80,7 @@ def test_imports_only_go_down():
 
 def test_every_layer_and_every_pure_file_was_looked_at():
     assert all((ROOT / layer).is_dir() or (ROOT / f"{layer}.py").is_file() for layer in LAYERS)
-    assert all((ROOT / pure).exists() for pure in PURE)
+    assert all(list(ROOT.glob(pure)) for pure in PURE)
     assert len(list((ROOT / "trainer" / "losses").glob("*.py"))) > 2
 
 
@@ -104,6 +105,7 @@ def test_every_layer_and_every_pure_file_was_looked_at():
             "trainer/losses/x.py:1 imports torch.distributed",
         ),
         ("trainer/pairwise.py", "import torch.distributed.nn", "trainer/pairwise.py:1 imports torch.distributed.nn"),
+        ("trainer/pairwise_x.py", "import deepspeed", "trainer/pairwise_x.py:1 imports deepspeed"),
         (
             "trainer/pairwise.py",
             "import torch\ntorch.distributed.barrier()",

@@ -1,12 +1,7 @@
 import io
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,21 +12,7 @@ from PIL import Image
 from cluster.errors import UserError
 from data_pipeline.config import DataConfig, SourceConfig, SplitConfig
 from data_pipeline.dataset import open_dataset
-from data_pipeline.pack import pack
-from tests.raw import digests, pattern, save, table_source
-
-ROOT = Path(__file__).parents[1]
-COUNTS = {"common": 60, "middle": 24, "rare": 9, "rarest": 6}
-# Several shards of each kind, from pictures of about 1 KB.
-SMALL_SHARDS = DataConfig(shard_mib=0.05, tail_budget_mib=0.04)
-
-
-def table(folder):
-    return table_source(folder, COUNTS, per_group=2)
-
-
-def pack_quietly(source, data, destination, seed=0):
-    return pack(source, data, str(destination), seed, progress=False)
+from tests.raw import SMALL_SHARDS, digests, pack_quietly, pattern, save, table, table_source
 
 
 @pytest.fixture(scope="module")
@@ -198,14 +179,21 @@ def test_damaged_images_stop_the_packing_and_then_are_listed(tmp_path):
     with pytest.raises(UserError) as error:
         pack_quietly(source, DataConfig(max_damaged=1), tmp_path / "d")
     assert re.fullmatch(
-        r"2 images cannot be read, more than data.max_damaged = 1: images/img_0005.jpg \(.+\), "
-        r"images/img_0009.jpg \(the file is empty\); mend or remove them, or raise data.max_damaged",
+        r"2 samples cannot be used, more than data.max_damaged = 1: images/img_0005.jpg \(.+\), "
+        r"images/img_0009.jpg \(the file is empty\); mend or remove them \(all are in .+/d/damaged.json\), or raise "
+        r"data.max_damaged",
         str(error.value),
     )
     dataset = pack_quietly(source, DataConfig(max_damaged=2), tmp_path / "d")
     listed = json.loads((tmp_path / "d" / "damaged.json").read_text())
     assert [entry["file"] for entry in listed] == ["images/img_0005.jpg", "images/img_0009.jpg"]
-    assert listed[1] == {"key": "images__img_0009", "file": "images/img_0009.jpg", "reason": "the file is empty"}
+    assert listed[1] == {
+        "key": "images__img_0009",
+        "file": "images/img_0009.jpg",
+        "label": "common",
+        "split": None,
+        "reason": "the file is empty",
+    }
     assert dataset.made["damaged"] == 2 and sum(len(dataset.index(s)) for s in ("train", "val", "test")) == 97
 
 
@@ -214,7 +202,7 @@ def test_mended_images_are_read_again_and_the_rest_is_not(tmp_path):
     broken = tmp_path / "raw" / "images" / "img_0005.jpg"
     whole = broken.read_bytes()
     broken.write_bytes(b"")
-    with pytest.raises(UserError, match=r"1 image cannot be read, more than data.max_damaged = 0: images/img_0005.jpg"):
+    with pytest.raises(UserError, match=r"1 sample cannot be used, more than data.max_damaged = 0: images/img_0005"):
         pack_quietly(source, SMALL_SHARDS, tmp_path / "d")
     notes = sorted((tmp_path / "d" / "packing").iterdir())
     known = {note["name"] for path in notes for note in json.loads(path.read_text()) if note["damage"] is None}
@@ -241,137 +229,3 @@ def test_a_class_with_fewer_groups_than_splits(tmp_path):
         UserError, match=r"too few groups .* to split: class 'b' has 2, and each of train, val and test"
     ):
         pack_quietly(source, DataConfig(), tmp_path / "d")
-
-
-def test_other_settings_are_refused_and_named(source, packed, tmp_path):
-    data = SMALL_SHARDS.model_copy(update={"pack_px": 16})
-    with pytest.raises(UserError) as error:
-        pack_quietly(source, data, packed.uri, seed=1)
-    assert str(error.value) == (
-        f"dataset at {packed.uri} was packed with data.pack_px = null, now 16; seed = 0, now 1; choose another "
-        "data.packed or delete it (without source.path it is taken as it is)"
-    )
-    other = source.model_copy(update={"path": str(tmp_path)})
-    with pytest.raises(UserError, match=f"was packed with source.path = {source.path}, now {tmp_path}; choose"):
-        pack_quietly(other, SMALL_SHARDS, packed.uri)
-
-
-def test_what_is_packed_is_not_packed_again(source, packed, monkeypatch):
-    before = {path: path.stat().st_mtime_ns for path in Path(packed.uri).rglob("*")}
-    assert pack_quietly(source, SMALL_SHARDS, packed.uri).fingerprint == packed.fingerprint
-    assert pack_quietly(SourceConfig(), DataConfig(), packed.uri).fingerprint == packed.fingerprint
-    monkeypatch.chdir(Path(source.path).parent)
-    relative = source.model_copy(update={"path": f"./{Path(source.path).name}"})
-    assert pack_quietly(relative, SMALL_SHARDS, packed.uri).fingerprint == packed.fingerprint
-    assert {path: path.stat().st_mtime_ns for path in Path(packed.uri).rglob("*")} == before
-
-
-def test_shards_of_an_interrupted_packing_with_other_settings_do_not_stay(source, packed, tmp_path):
-    """A run that ends in an error after its shards, then one with fewer and larger shards."""
-    destination = tmp_path / "d"
-    (destination / "index.parquet").mkdir(parents=True)  # in the way: the index cannot be written
-    with pytest.raises(UserError, match="is a folder where a file is needed"):
-        pack_quietly(source, SMALL_SHARDS, destination)
-    assert len(list((destination / "train").iterdir())) >= 4
-    (destination / "index.parquet").rmdir()
-    dataset = pack_quietly(source, DataConfig(), destination)
-    assert {path for path in digests(destination) if path.endswith(".tar")} == {shard.path for shard in dataset.shards}
-
-
-PACK = """
-import sys
-from data_pipeline.config import DataConfig, SourceConfig
-from data_pipeline.pack import pack
-source = SourceConfig(path=sys.argv[1], labels="labels.csv", group_column="group")
-pack(source, DataConfig(shard_mib=0.05, tail_budget_mib=0.04, pack_px=16), sys.argv[2], 0, progress=False)
-"""
-
-
-def interrupt(source, destination, sign, sent, monkeypatch):
-    """Pack in a process of its own and send it a signal as soon as a file that matches `sign` is there."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    process = subprocess.Popen([sys.executable, "-c", PACK, source.path, str(destination)], stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list(destination.glob(sign)):
-        time.sleep(0.0005)
-    process.send_signal(sent)
-    return process.wait()
-
-
-SMALL_IMAGES = SMALL_SHARDS.model_copy(update={"pack_px": 16})
-SIGNS = ["packing/notes-*", "train/.*.part", "train/body-000001.tar", "packing/shard-val-*"]
-
-
-@pytest.mark.parametrize("sign", SIGNS)
-def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(sign, source, tmp_path, monkeypatch):
-    killed = tmp_path / "killed"
-    interrupt(source, killed, sign, signal.SIGKILL, monkeypatch)
-    if not (killed / "dataset.json").exists():
-        (killed / "train").mkdir(exist_ok=True)
-        (killed / "train" / ".0123.part").write_bytes(b"a shard that was being written")
-    pack_quietly(source, SMALL_IMAGES, killed)
-    pack_quietly(source, SMALL_IMAGES, tmp_path / "straight")
-    assert digests(killed) == digests(tmp_path / "straight")
-
-
-def test_ctrl_c_leaves_what_is_done_for_the_next_run(source, tmp_path, monkeypatch):
-    stopped = tmp_path / "stopped"
-    assert interrupt(source, stopped, "packing/notes-*", signal.SIGINT, monkeypatch) != 0
-    assert not (stopped / "dataset.json").exists() and not list(stopped.rglob(".*.part"))
-    notes = {path: path.stat().st_mtime_ns for path in (stopped / "packing").glob("notes-*")}
-    (stopped / "index.parquet").mkdir()  # in the way, so that the second run ends before it tidies up
-    with pytest.raises(UserError, match="is a folder where a file is needed"):
-        pack_quietly(source, SMALL_IMAGES, stopped)
-    assert {path: path.stat().st_mtime_ns for path in (stopped / "packing").glob("notes-*")} == notes
-    (stopped / "index.parquet").rmdir()
-    pack_quietly(source, SMALL_IMAGES, stopped)
-    pack_quietly(source, SMALL_IMAGES, tmp_path / "straight")
-    assert digests(stopped) == digests(tmp_path / "straight")
-
-
-FULL_DISK = """
-set -e
-mount -t tmpfs -o size=100k tmpfs "$2"
-if "$0" -c "$3" "$1" "$2/d" 2> "$4"; then exit 3; fi
-ls "$2/d/packing" >> "$4"
-mount -o remount,size=20m "$2"
-"$0" -c "$3" "$1" "$2/d"
-cp -r "$2/d" "$5"
-"""
-
-
-def test_a_full_disk_is_told_and_the_next_run_goes_on(source, tmp_path, monkeypatch):
-    """A real one: a file system of 100 kB in a mount name space of its own."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    disk, said, copy = tmp_path / "disk", tmp_path / "said.txt", tmp_path / "copy"
-    disk.mkdir()
-    unshare = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--mount"]
-    small = PACK.replace(", pack_px=16", "")
-    script = ["bash", "-c", FULL_DISK, sys.executable, source.path, str(disk), small, str(said), str(copy)]
-    done = subprocess.run([*unshare, *script], check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    text = said.read_text()
-    assert re.search(
-        rf"UserError: no space left in {disk}/d/\w+; free some or choose a folder on another disk; what is packed is "
-        "kept, and packing again goes on from there\n",
-        text,
-    )
-    assert "shard-train-body-000000.tar.json" in text  # something was done, and was kept
-    pack_quietly(source, SMALL_SHARDS, tmp_path / "straight")
-    assert digests(copy) == digests(tmp_path / "straight")
-
-
-def test_an_image_that_changes_between_the_passes_is_told(source, tmp_path, monkeypatch):
-    copied = table(tmp_path / "raw")
-    from data_pipeline import pack as module
-
-    def change_then_write(*arguments):
-        for path in (tmp_path / "raw" / "images").iterdir():
-            path.write_bytes(b"another image")
-        return write(*arguments)
-
-    write = module._write_shards
-    monkeypatch.setattr(module, "_write_shards", change_then_write)
-    with pytest.raises(
-        UserError, match=r"img_\d+.jpg changed while it was packed; leave the images alone and pack again"
-    ):
-        pack_quietly(copied, DataConfig(), tmp_path / "d")

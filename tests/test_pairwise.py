@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from torch.nn import functional
 
+from benchmarks.common import allocator_extra_bytes
+from trainer import pairwise_contrastive
 from trainer.losses.base import Pool
 from trainer.losses.batch_hard_triplet import batch_hard_triplet
 from trainer.losses.supervised_contrastive import supervised_contrastive
@@ -120,23 +120,9 @@ def test_hardest_rows_of_collapsed_embeddings_far_from_the_origin():
     torch.testing.assert_close(found, distances.masked_fill(same, torch.inf).amin(1), rtol=1e-4, atol=1e-5)
 
 
-def peak_bytes(function, folder):
-    """Highest sum of what PyTorch's CPU allocator handed out while `function` ran, as the profiler recorded it."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
-        function()
-    profile.export_chrome_trace(str(folder / "trace.json"))
-    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
-    events = [event for event in events if event["name"] == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event["ts"]):
-        held += event["args"]["Bytes"]
-        peak = max(peak, held)
-    return peak
-
-
 @pytest.mark.parametrize(("loss", "setting"), [(supervised_contrastive, 0.1), (batch_hard_triplet, 0.2)])
-def test_memory_is_linear_in_the_pool(loss, setting, tmp_path):
+def test_memory_is_linear_in_the_pool(loss, setting, monkeypatch):
+    monkeypatch.setitem(pairwise_contrastive.CHUNK_BYTES, "cpu", 1 << 20)
     num_anchors, dim = 256, 8
 
     def step(num_rows):
@@ -154,8 +140,8 @@ def test_memory_is_linear_in_the_pool(loss, setting, tmp_path):
 
     small, large = 2**14, 2**16
     matrix_bytes = {n: 4 * num_anchors * n for n in (small, large)}
-    assert peak_bytes(dense(small), tmp_path) >= 2 * matrix_bytes[small]  # the meter sees what it has to see
-    peaks = {n: peak_bytes(step(n), tmp_path) for n in (small, large)}
+    assert allocator_extra_bytes(dense(small)) >= 2 * matrix_bytes[small]  # the meter sees what it has to see
+    peaks = {n: allocator_extra_bytes(step(n)) for n in (small, large)}
     assert peaks[large] < matrix_bytes[large] / 5
     # Growth a row: the gradient of the pool and few arrays of its size, not num_anchors numbers.
     assert (peaks[large] - peaks[small]) / (large - small) < 4 * 4 * dim

@@ -1,8 +1,10 @@
-"""W real gloo processes give the gradient of one process that holds the global batch."""
+"""W real gloo processes give the gradient of one process that holds the global batch, for every loss."""
 
 from __future__ import annotations
 
+import itertools
 import os
+from functools import cache
 
 import pytest
 import torch
@@ -10,44 +12,47 @@ import torch.distributed as dist
 from torch import nn
 
 from tests.gloo import run_gloo
-from trainer.config import LossConfig
-from trainer.losses import METRIC_LOSSES
+from tests.losses import CLASSIFICATION_CASES, COSINE_SCALE, COUNTS, DIM, LABELS, METRIC_CASES, NUM_CLASSES, build
+from trainer.config import MemoryConfig
+from trainer.loss_config import CLASSIFICATION_LOSS_NAMES, METRIC_LOSS_NAMES
+from trainer.losses import build_classification_loss
 from trainer.losses.base import LossSum
-from trainer.losses.classification import cross_entropy
-from trainer.pool import Pool, gather_pool, global_mean
+from trainer.memory import CrossBatchMemory
+from trainer.model import CosineLinear
+from trainer.pool import Pool, gather_order, gather_pool, global_mean
+from trainer.pool_size import available_bytes, check_pool_fits
 
-IN_DIM, NUM_CLASSES = 5, 4
+IN_DIM = 5
+CASES = [*METRIC_CASES, *CLASSIFICATION_CASES]
 EVEN = {2: (6, 6), 3: (4, 4, 4)}
 UNEVEN = {2: (3, 9), 3: (5, 0, 7)}  # a rank without any sample takes part too
-LOSSES = ["supervised_contrastive", "batch_hard_triplet", "cross_entropy"]
+MEMORY_ROWS = 20  # of batches of 12: the third step finds it full, part of a batch evicted
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 
 class TinyModel(nn.Module):
-    """Linear-ReLU-Linear, embeddings on the unit sphere, and a classifier."""
+    """Linear-ReLU-Linear, embeddings on the unit sphere or raw, a classifier, and the loss's own parameters."""
 
-    def __init__(self):
+    def __init__(self, name):
         super().__init__()
-        self.head = nn.Sequential(nn.Linear(IN_DIM, 8), nn.ReLU(), nn.Linear(8, 3))
-        self.classifier = nn.Linear(3, NUM_CLASSES)
+        config, self.progress = (METRIC_CASES | CLASSIFICATION_CASES)[name]
+        self.normalise = getattr(config, "normalise", True)
+        self.head = nn.Sequential(nn.Linear(IN_DIM, 8), nn.ReLU(), nn.Linear(8, DIM))
+        self.classifier = CosineLinear(DIM, NUM_CLASSES, COSINE_SCALE)
+        if name in METRIC_CASES:
+            self.metric_loss = build(config)
+        else:
+            self.classification = build_classification_loss(config, COUNTS, COSINE_SCALE)
 
     def forward(self, images):
         raw = self.head(images)
-        return nn.functional.normalize(raw, dim=1), self.classifier(raw)
+        return nn.functional.normalize(raw, dim=1) if self.normalise else 3 * raw
 
 
-def global_batch(dtype):
+def global_batch(step, dtype):
     """12 samples; class 3 occurs once, so that one anchor has no positive on any rank."""
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randn(12, IN_DIM, generator=generator, dtype=torch.float64).to(dtype)
-    return images, torch.tensor([0, 1, 2, 0, 1, 2, 0, 0, 1, 2, 2, 3])
-
-
-def loss_of(name, model, images, labels, gather=gather_pool, mean=global_mean):
-    embeddings, logits = model(images)
-    if name == "cross_entropy":
-        return mean(cross_entropy(logits, labels))
-    # A large margin keeps most triplets active.
-    return mean(METRIC_LOSSES[name](embeddings, labels, gather(embeddings, labels), LossConfig(name=name, margin=0.7)))
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(12, IN_DIM, generator=generator, dtype=torch.float64).to(dtype), LABELS.roll(step)
 
 
 def local_pool(embeddings, labels):
@@ -69,60 +74,130 @@ GATHERS = {"ours": gather_pool, "local": local_pool, "detached": detached_pool}
 MEANS = {"ours": global_mean, "rank": rank_mean}
 
 
-def step(rank, world, name, sizes, dtype, gather="ours", mean="ours"):
-    """One rank's step -> (average over ranks of the scalar, gradients averaged over ranks as an engine does)."""
+def loss_of(model, images, labels, memory, gather="ours", mean="ours"):
+    """-> the scalar for backward, and the gathered pool."""
+    embeddings = model(images)
+    if not hasattr(model, "metric_loss"):
+        return MEANS[mean](model.classification(model.classifier(embeddings), labels, model.progress)), None
+    gathered = GATHERS[gather](embeddings, labels)
+    pool = memory.extend(gathered) if memory is not None else gathered
+    return MEANS[mean](model.metric_loss(embeddings, labels, pool, model.progress)), gathered
+
+
+def train(case, rank=0, average=lambda x: x):
+    """A few steps of one rank; without memory only one. -> loss and gradients of the last step, in three parts or two.
+
+    A part is a vector whose error is measured against its own size: what the loss has learnt must not hide behind the
+    network. (The network's tensors are one part: a bias behind which a loss does not look has a gradient of noise.)
+    """
+    name, sizes, dtype, memory_rows, gather, mean = case
     torch.manual_seed(0)
-    model = TinyModel().to(dtype)
-    images, labels = (x.split(sizes)[rank] for x in global_batch(dtype))
-    loss = loss_of(name, model, images, labels, GATHERS[gather], MEANS[mean])
-    loss.backward()
-    flat = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters()]
-    result = torch.cat([loss.detach().reshape(1), *(g.flatten() for g in flat)])
-    dist.all_reduce(result)
-    return result / world
+    model = TinyModel(name).to(dtype)
+    memory = CrossBatchMemory(MemoryConfig(rows=memory_rows, start_epoch=0), DIM, dtype) if memory_rows else None
+    parameters = dict(model.named_parameters())
+    num_own = sum(p.numel() for key, p in parameters.items() if key.startswith("metric_loss"))
+    for step in range(3 if memory_rows else 1):
+        images, labels = (x.split(sizes)[rank] for x in global_batch(step, dtype))
+        loss, gathered = loss_of(model, images, labels, memory, gather, mean)
+        grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
+        flat = average(torch.cat([loss.detach()[None], *(grad.flatten() for grad in grads)]))
+        for p, grad in zip(parameters.values(), flat[1:].split([p.numel() for p in parameters.values()]), strict=True):
+            p.data -= 0.1 * grad.view_as(p)
+        if memory is not None:
+            memory.add(gathered, step + 1)
+    network = flat[1 : len(flat) - num_own]
+    return {"loss": flat[:1], "network": network} | ({"own": flat[len(flat) - num_own :]} if num_own else {})
 
 
-def one_process(name, dtype):
-    """The same without a process group, on the whole batch."""
-    torch.manual_seed(0)
-    model = TinyModel().to(dtype)
-    loss = loss_of(name, model, *global_batch(dtype))
-    loss.backward()
-    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters()]
-    return torch.cat([loss.detach().reshape(1), *(g.flatten() for g in grads)])
+def train_ranks(rank, world, cases):
+    def average(x):  # as the engine does
+        dist.all_reduce(x)
+        return x / world
+
+    return [train(case, rank, average) for case in cases]
 
 
-def all_steps(rank, world, cases):
-    return [step(rank, world, *case) for case in cases]
+@cache
+def one_process(name, dtype, memory_rows):
+    return train((name, (12,), dtype, memory_rows, "ours", "ours"))
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_give_the_gradient_of_one_process(world):
+@cache
+def of_ranks(world):
+    """All cases in one start of the processes. -> case -> result."""
+    cuts = [(sizes, 0) for sizes in (EVEN[world], UNEVEN[world])]
     cases = [
-        (name, sizes, dtype)
-        for name in LOSSES
-        for sizes in (EVEN[world], UNEVEN[world])
-        for dtype in (torch.float64, torch.float32)
+        (name, sizes, dtype, memory_rows, "ours", "ours")
+        for name, dtype in itertools.product(CASES, TOLERANCE)
+        for sizes, memory_rows in [*cuts, *[(UNEVEN[world], MEMORY_ROWS)] * (name in METRIC_CASES)]
     ]
-    for rank_results in run_gloo(all_steps, world, cases):
-        for (name, sizes, dtype), result in zip(cases, rank_results, strict=True):
-            expected = one_process(name, dtype)
-            assert expected[1:].abs().max() > 1e-3
-            tolerance = 1e-12 if dtype == torch.float64 else 1e-5
-            error = (result - expected).abs().max() / expected.abs().max()
-            assert error < tolerance, f"{name} {sizes} {dtype}: {error}"
+    results = run_gloo(train_ranks, world, cases)
+    for case, *of_case in zip(cases, *results, strict=True):
+        for key, value in of_case[0].items():
+            assert all(value.equal(other[key]) for other in of_case), (case, key)
+    return dict(zip(cases, results[0], strict=True))
+
+
+def largest_error(result, expected):
+    """Of the parts, each relative to its largest element."""
+    assert result.keys() == expected.keys()
+    return max(float((result[key] - e).abs().max() / e.abs().max()) for key, e in expected.items())
+
+
+def test_every_loss_has_a_case():
+    assert {config.name for config, _ in METRIC_CASES.values()} == set(METRIC_LOSS_NAMES)
+    assert {config.name for config, _ in CLASSIFICATION_CASES.values()} == set(CLASSIFICATION_LOSS_NAMES)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_give_the_gradient_of_one_process(world, name):
+    cases = [case for case in of_ranks(world) if case[0] == name]
+    assert len(cases) == (6 if name in METRIC_CASES else 4)
+    for case in cases:
+        _, _, dtype, memory_rows, _, _ = case
+        expected = one_process(name, dtype, memory_rows)
+        assert all(part.abs().max() > 1e-3 for part in expected.values())
+        assert largest_error(of_ranks(world)[case], expected) < TOLERANCE[dtype], case
+
+
+@pytest.mark.parametrize("name", METRIC_CASES)
+def test_the_memory_takes_part(name):
+    module = TinyModel(name).metric_loss
+    torch.manual_seed(0)
+    rows = nn.functional.normalize(torch.randn(20, DIM, dtype=torch.float64), dim=1)
+    alone = Pool(rows[:12], LABELS, 0)
+    memory = CrossBatchMemory(MemoryConfig(rows=8, start_epoch=0), DIM, torch.float64)
+    memory.add(Pool(rows[12:], LABELS[:8], 0), 1.0)
+    progress = METRIC_CASES[name][1]
+    losses = [module(rows[:12], LABELS, pool, progress).total for pool in (alone, memory.extend(alone))]
+    assert losses[0].equal(losses[1]) == (module.config.name == "centre")  # which looks at no pool
+
+
+def test_losses_with_parameters_of_their_own_are_among_the_cases():
+    learnt = {name for name in METRIC_CASES if "own" in one_process(name, torch.float64, 0)}
+    assert learnt == {"balanced_contrastive", "centre", "centre, raw", "proxy_anchor", "proxy_anchor, paper"}
+
+
+def wrong_cases():
+    """What must not give the same, or the proof above could not tell."""
+    first_cases = {config.name: (name, config) for name, (config, _) in reversed(METRIC_CASES.items())}
+    for name, config in first_cases.values():
+        if config.name != "centre":  # it looks at no pool
+            yield name, 0, "local", "ours"
+            yield name, 0, "detached", "ours"
+            yield name, MEMORY_ROWS, "local", "ours"  # each rank remembers its own rows alone
+        if config.name != "proxy_anchor":  # one term on each rank: the mean of means is the mean
+            yield name, 0, "ours", "rank"
+    for name in CLASSIFICATION_CASES:
+        yield name, 0, "ours", "rank"
 
 
 def test_wrong_ways_to_gather_or_to_average_differ():
-    # The proof above can fail: each of these must, or it would not be able to tell.
-    wrong = [
-        (name, UNEVEN[2], torch.float64, gather, mean)
-        for name in LOSSES[:2]
-        for gather, mean in (("local", "ours"), ("detached", "ours"), ("ours", "rank"))
-    ] + [("cross_entropy", UNEVEN[2], torch.float64, "ours", "rank")]
-    for case, result in zip(wrong, run_gloo(all_steps, 2, wrong)[0], strict=True):
-        expected = one_process(case[0], torch.float64)
-        assert (result - expected)[1:].abs().max() > 1e-3 * expected[1:].abs().max(), case
+    cases = [(name, UNEVEN[2], torch.float64, *rest) for name, *rest in wrong_cases()]
+    for case, result in zip(cases, run_gloo(train_ranks, 2, cases)[0], strict=True):
+        expected = one_process(case[0], torch.float64, case[3])
+        assert largest_error({"network": result["network"]}, {"network": expected["network"]}) > 1e-3, case
 
 
 def gather_rows(rank, world, sizes, dtype):
@@ -161,20 +236,63 @@ def test_bf16_gradients_are_summed_over_ranks_in_float32():
     assert run_gloo(bf16_sum, 3) == [258.0] * 3
 
 
-def nothing_valid(rank, world, name):
-    """All labels differ: no anchor has a positive."""
-    rows = torch.randn(2, 3, dtype=torch.float64).requires_grad_()
-    labels = torch.tensor([2 * rank, 2 * rank + 1])
-    loss = loss_of(name, lambda x: (x, None), rows, labels)
-    loss.backward()
-    return float(loss.detach()), rows.grad
+def nothing_valid(rank, world):
+    """All labels differ: no anchor has a positive, unless the loss brings one along."""
+    results = {}
+    for name in METRIC_CASES:
+        module = TinyModel(name).metric_loss
+        rows = nn.functional.normalize(torch.randn(2, DIM, dtype=torch.float64), dim=1).requires_grad_()
+        labels = torch.tensor([2 * rank, 2 * rank + 1])
+        loss = module(rows, labels, gather_pool(rows, labels), METRIC_CASES[name][1])
+        global_mean(loss).backward()
+        results[name] = (loss.count, float(loss.total.detach()), rows.grad)
+    return results
 
 
-@pytest.mark.parametrize("name", LOSSES[:2])
-def test_loss_without_any_valid_anchor_is_zero_with_a_graph(name):
-    for loss, grad in run_gloo(nothing_valid, 2, name):
-        assert loss == 0
-        assert torch.equal(grad, torch.zeros(2, 3, dtype=torch.float64))
+def test_loss_without_any_valid_anchor_is_zero_with_a_graph():
+    for results in run_gloo(nothing_valid, 2):
+        nothing = [name for name, (count, _, _) in results.items() if count == 0]
+        assert len(nothing) == len(METRIC_CASES) - 5  # those with centres, proxies and prototypes have terms
+        for name in nothing:
+            _, total, grad = results[name]
+            assert total == 0, name
+            assert torch.equal(grad, torch.zeros(2, DIM, dtype=torch.float64)), name
+
+
+def ordered(rank, world, cut):
+    keys = torch.arange(100, 112).split(cut[0])[rank] if cut[1] == "blocks" else torch.arange(100, 112)[rank::world]
+    pool = gather_pool(keys[:, None].double(), keys)
+    return pool.labels.index_select(0, gather_order(keys)).tolist()
+
+
+@pytest.mark.parametrize("cut", [((5, 0, 7), "blocks"), ((), "strided")])
+def test_order_of_the_pool_does_not_depend_on_how_ranks_share_the_batch(cut):
+    assert run_gloo(ordered, 3, cut) == [list(range(100, 112))] * 3
+    assert ordered(0, 1, ((12,), "blocks")) == list(range(100, 112))
+
+
+def misfits(rank, world):
+    """What two ranks that disagree are told, and that they are both told it."""
+    told = []
+    for rows, labels in (
+        (torch.zeros(2, 3 + rank), torch.zeros(2, dtype=torch.int64)),
+        (torch.zeros(2, 3, dtype=torch.bfloat16 if rank else torch.float32), torch.zeros(2, dtype=torch.int64)),
+        (torch.zeros(2, 3), torch.zeros(2 + rank, dtype=torch.int64)),
+    ):
+        with pytest.raises(ValueError, match="rank 1") as error:
+            gather_pool(rows, labels)
+        told.append(str(error.value))
+    return told
+
+
+def test_ranks_whose_embeddings_do_not_fit_together_are_all_told():
+    same = "; every rank must run the same model in the same precision"
+    expected = [
+        f"rank 1 has embeddings of 4 x torch.float32 and rank 0 of 3 x torch.float32{same}",
+        f"rank 1 has embeddings of 3 x torch.bfloat16 and rank 0 of 3 x torch.float32{same}",
+        "rank 1 has 2 embeddings and 3 labels; each embedding needs one label",
+    ]
+    assert run_gloo(misfits, 2) == [expected] * 2
 
 
 def test_one_process_needs_no_process_group():
@@ -183,6 +301,30 @@ def test_one_process_needs_no_process_group():
     assert pool.embeddings is rows and pool.labels is labels and pool.first == 0
     total = rows.sum()
     assert float(global_mean(LossSum(total, 4, labels[:0])).detach()) == pytest.approx(float(total.detach()) / 4)
+    with pytest.raises(ValueError, match="rank 0 has 3 embeddings and 2 labels"):
+        gather_pool(rows, labels[:2])
+
+
+def test_a_pool_larger_than_memory_is_refused_before_it_is_allocated():
+    check_pool_fits(1000, 128, torch.float32, "cpu")
+    rows = 2**40
+    with pytest.raises(ValueError) as error:
+        check_pool_fits(rows, 128, torch.float32, "cpu")
+    assert f"a pool of {rows:,} rows x 128 needs 1,572,864.0 GiB of cpu memory and " in str(error.value)
+    assert str(error.value).endswith(" GiB are free; lower stage_one.memory.rows or stage_one.batch_size")
+
+
+def test_free_memory_is_the_kernels_or_what_the_containers_limit_leaves(tmp_path):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 900 kB\nMemAvailable:   500 kB\n")
+    assert available_bytes("cpu", tmp_path) == 500 * 1024
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (group / "memory.max").write_text("max\n")
+    assert available_bytes("cpu", tmp_path) == 500 * 1024
+    (group / "memory.max").write_text("300000\n")
+    (group / "memory.current").write_text("100000\n")
+    assert available_bytes("cpu", tmp_path) == 200_000
 
 
 def failing(rank, world, dies):

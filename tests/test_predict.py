@@ -139,7 +139,7 @@ def test_a_file_is_taken_whatever_it_is_called(tmp_path):
     "given, message",
     [
         ("gone.jpg", r"image .*gone\.jpg does not exist; give files, folders or patterns"),
-        ("empty", r"folder .*empty holds no image; images end in \.bmp, \.jpeg"),
+        ("empty", r"folder .*empty holds no image; images end in \.bmp, \.dcm"),
         ("*.jpg", r"pattern .*\*\.jpg matches no image; images end in"),
     ],
 )

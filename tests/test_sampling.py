@@ -2,7 +2,9 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
+from cluster.config import parse_config
 from cluster.errors import UserError
+from data_pipeline.config import SamplingConfig
 from data_pipeline.sampling import (
     apportion,
     batches_per_class,
@@ -10,9 +12,13 @@ from data_pipeline.sampling import (
     deal_classes,
     epoch_classes,
     generator,
+    progressive,
+    round_fairly,
+    weighted_probabilities,
 )
 
 COUNTS = np.array([700, 120, 30, 0, 5])
+CLASSES = ("nevus", "keratosis", "melanoma", "vascular", "dermatofibroma")
 
 
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
@@ -25,6 +31,92 @@ def test_probabilities_are_counts_to_the_power(power):
 def test_no_samples_is_a_user_error():
     with pytest.raises(UserError, match="the training split has no samples; pack a source"):
         class_probabilities(np.zeros(3), 1.0)
+
+
+def test_weights_by_name_are_the_target():
+    weights = {"melanoma": 6.0, "nevus": 1.0, "vascular": 0.0, "dermatofibroma": 2.5, "keratosis": 0.5}
+    np.testing.assert_allclose(weighted_probabilities(COUNTS, CLASSES, weights), [0.1, 0.05, 0.6, 0, 0.25], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"melanom": 1.0},
+            r"class_weights names 'melanom', which is no class of the dataset; did you mean 'melanoma'\?",
+        ),
+        ({"nevus": None}, r"class_weights has no weight for class 'nevus'; give each class one, 0 = never drawn"),
+        (
+            {"nevus": None, "melanoma": None, "vascular": None},
+            r"class_weights has no weight for class 'nevus' and 2 more; give each class one, 0 = never drawn",
+        ),
+        (
+            {"vascular": 1.5},
+            r"class_weights = 1\.5 for class 'vascular', which has no training images; set its weight to 0",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_the_classes_are_user_errors(changes, message):
+    weights = dict.fromkeys(CLASSES, 1.0) | {"vascular": 0.0} | changes
+    with pytest.raises(UserError, match=f"^{message}$"):
+        weighted_probabilities(COUNTS, CLASSES, {name: w for name, w in weights.items() if w is not None})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"power_last": 2}, "power_last = 2 must be less than or equal to 1"),
+        ({"class_weights": {"a": -1}}, "class_weights = -1 for class 'a' must be finite and at least 0"),
+        ({"class_weights": {"a": float("nan")}}, "class_weights = nan for class 'a' must be finite and at least 0"),
+        ({"class_weights": {"a": float("inf")}}, "class_weights = inf for class 'a' must be finite and at least 0"),
+        ({"class_weights": {"a": 0.0}}, "class_weights are all 0; give at least one class a weight above 0"),
+        ({"class_weights": {}}, "class_weights are all 0; give at least one class a weight above 0"),
+        (
+            {"class_weights": {"a": 1}, "power": 0.5},
+            "class_weights take the place of power and power_last: remove these or class_weights",
+        ),
+        (
+            {"class_weights": {"a": 1}, "power_last": 0},
+            "class_weights take the place of power and power_last: remove these or class_weights",
+        ),
+        (
+            {"samples_per_class": 4},
+            "classes_per_batch and samples_per_class go together: set both or neither",
+        ),
+    ],
+)
+def test_sampling_that_contradicts_itself_is_refused(values, message):
+    with pytest.raises(UserError, match=f"^test.yaml: {message}$"):
+        parse_config(SamplingConfig, values, "test.yaml")
+
+
+def test_the_progressive_mixture_goes_from_the_first_to_the_last_epoch():
+    first, last = np.array([0.9, 0.1]), np.array([0.5, 0.5])
+    for epoch, expected in [(0, [0.9, 0.1]), (1, [0.8, 0.2]), (2, [0.7, 0.3]), (4, [0.5, 0.5]), (9, [0.5, 0.5])]:
+        np.testing.assert_allclose(progressive(first, last, epoch, epochs=5), expected)
+    np.testing.assert_array_equal(progressive(first, last, 0, epochs=1), first)
+
+
+def test_round_fairly_rounds_up_where_a_point_falls():
+    """Against the definition: a point at every whole number, stretches laid end to end from `offset` on."""
+    rng = np.random.default_rng(5)
+    for _ in range(300):
+        expected = rng.dirichlet(np.ones(6)) * rng.integers(1, 12)
+        order, offset = rng.permutation(6), rng.random()
+        begin, counted = offset, np.floor(expected)
+        for c in order:
+            end = begin + expected[c] % 1
+            counted[c] += np.floor(end) - np.floor(begin)
+            begin = end
+        rounded = round_fairly(expected, order, offset)
+        assert rounded.sum() == round(expected.sum())
+        np.testing.assert_array_equal(rounded, counted)
+
+
+def test_round_fairly_takes_what_is_whole_but_for_rounding_as_whole():
+    expected = np.array([2.9999999, 1.0000001, 0.5, 1.5])
+    for offset in (0.0, 0.3, 0.6, 0.99):
+        assert round_fairly(expected, np.arange(4), offset)[:2].tolist() == [3, 1]
 
 
 @pytest.mark.parametrize("draws", [1, 7, 64, 1000])

@@ -29,7 +29,7 @@ def test_class_folders_give_label_key_and_a_group_of_its_own(tmp_path):
     assert [sample.name for sample in samples] == sorted(names)
     assert {sample.name: sample.label for sample in samples} == {name: name[: name.index("/")] for name in names}
     assert [sample.key for sample in samples][:3] == ["mel__2019__b_x", "mel__a", "nv__a"]
-    assert all(sample.group == sample.name and sample.path == tmp_path / sample.name for sample in samples)
+    assert all(sample.group == sample.name and str(sample.place) == str(tmp_path / sample.name) for sample in samples)
 
 
 def test_keys_that_would_collide_are_told_apart_whatever_else_is_there(tmp_path):
@@ -144,7 +144,7 @@ def test_folder_without_an_image(tmp_path):
     (tmp_path / "readme.txt").write_text("nothing here")
     with pytest.raises(UserError) as error:
         read_source(SourceConfig(path=str(tmp_path)))
-    assert f"source.path = {tmp_path}: there is no image in it; add some (.bmp .jpeg .jpg" in str(error.value)
+    assert f"source.path = {tmp_path}: there is no image in it; add some (.bmp .dcm .dicom" in str(error.value)
 
 
 def test_images_outside_of_class_folders(tmp_path):
@@ -158,7 +158,7 @@ def test_missing_table(tmp_path):
     folder_of(tmp_path, ABC)
     with pytest.raises(UserError) as error:
         read_source(SourceConfig(path=str(tmp_path), labels="meta.csv"))
-    assert f"source.labels = meta.csv: there is no file {tmp_path}/meta.csv; give a CSV relative to" in str(error.value)
+    assert f"source.labels = meta.csv: there is no file {tmp_path}/meta.csv; give a CSV or Parquet" in str(error.value)
 
 
 def test_missing_column_names_the_nearest(tmp_path):

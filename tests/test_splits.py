@@ -5,7 +5,7 @@ import pytest
 
 from cluster.errors import UserError
 from data_pipeline.config import SplitConfig
-from data_pipeline.splits import assign_splits, join_near_duplicates, near_pairs
+from data_pipeline.splits import assign_splits, complete_splits, join_near_duplicates, near_pairs
 
 SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}
 
@@ -95,6 +95,50 @@ def test_a_class_whose_groups_all_went_elsewhere_is_named():
         groups += [f"{name}-big"] * 40 + [f"{name}-1", f"{name}-2"] + [f"{name}-big"]
     with pytest.raises(UserError, match=r"class 'z' has no group left for val: its groups are other classes' too; add"):
         assign_splits(np.array(labels), np.array(groups, dtype=object), SplitConfig(), 0, ["a", "b", "c", "z"])
+
+
+@pytest.mark.parametrize("lacking", [["val"], ["test"], ["val", "test"]])
+def test_splits_that_are_not_given_are_cut_out_of_training(lacking):
+    labels, groups = long_tailed()
+    given = assign_splits(labels, groups, SplitConfig(), 0, list("abcde"))
+    given[np.isin(given, lacking)] = "train"
+    splits = complete_splits(given, labels, groups, SplitConfig(near_duplicate_bits=-1), 1, list("abcde"))
+    kept = given != "train"
+    np.testing.assert_array_equal(splits[kept], given[kept])
+    of_group = defaultdict(set)
+    for group, split in zip(groups, splits, strict=True):
+        of_group[group].add(split)
+    assert all(len(found) == 1 for found in of_group.values())
+    parts = SHARES["train"] + sum(SHARES[split] for split in lacking)
+    for label in range(3):
+        ours = splits[(labels == label) & ~kept]
+        for split in lacking:
+            assert abs((ours == split).sum() - SHARES[split] / parts * len(ours)) <= 2.5
+
+
+def test_given_splits_that_leak_are_left_alone():
+    labels, groups = np.array([0, 1, 0, 1, 0, 1]), np.array(["p", "q", "p", "q", "p", "q"], dtype=object)
+    given = np.array(["train", "train", "val", "val", "test", "test"], dtype=object)
+    np.testing.assert_array_equal(complete_splits(given, labels, groups, SplitConfig(), 0, ["a", "b"]), given)
+
+
+def test_a_class_that_the_given_training_set_lacks_is_named():
+    labels, groups = np.array([0, 1, 0, 1, 2, 2]), np.arange(6).astype(str)
+    given = np.array(["train", "train", "val", "test", "val", "test"], dtype=object)
+    with pytest.raises(UserError) as error:
+        complete_splits(given, labels, groups, SplitConfig(), 0, ["a", "b", "c"])
+    assert str(error.value) == (
+        "class 'c' is in the given test and val and not in train, where it would have to be learnt; give train some of "
+        "it, or leave the class out"
+    )
+
+
+def test_too_few_training_groups_for_the_split_that_lacks():
+    labels = np.array([0, 0, 0, 1, 1, 0, 1])
+    groups = np.array(["p", "q", "r", "s", "s", "t", "u"], dtype=object)
+    given = np.array(["train"] * 5 + ["test"] * 2, dtype=object)
+    with pytest.raises(UserError, match=r"too few groups .* class 'b' has 1, and each of train and val needs one; add"):
+        complete_splits(given, labels, groups, SplitConfig(), 0, ["a", "b"])
 
 
 def near_hashes(count, seed=0):

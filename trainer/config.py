@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from cluster.config import ClusterConfig, Section
+from cluster.config import ClusterConfig, Section, flatten
 from data_pipeline.config import DataConfig, SamplingConfig, SourceConfig
+from trainer.loss_config import ClassificationConfig, LossConfig, check_losses
 
 
 class ModelConfig(Section):
@@ -22,57 +23,146 @@ class ModelConfig(Section):
     embedding_dim: int = Field(128, ge=2, description="D of the embedding that the metric loss sees")
     drop_rate: float = Field(0.0, ge=0, lt=1, description="Dropout before the classifier")
     freeze_batch_norm: bool = Field(False, description="Keep batch-norm statistics of the starting weights")
-
-
-class LossConfig(Section):
-    """L = cross-entropy + weight * metric loss."""
-
-    name: Literal["supervised_contrastive", "batch_hard_triplet", "none"] = Field(
-        "supervised_contrastive",
-        description="Metric loss over the embeddings of all workers; none = plain cross-entropy",
+    sync_batch_norm: bool = Field(
+        False, description="Batch norm over the images of all workers instead of each worker's own"
     )
-    weight: float = Field(1.0, ge=0, description="lambda")
-    temperature: float = Field(0.1, gt=0, description="Supervised contrastive: softmax temperature")
-    margin: float = Field(0.2, description="Triplet: margin in units of the embedding's distance")
-    normalise: bool = Field(True, description="Embeddings on the unit sphere; false = raw, for the triplet loss only")
+    cosine_scale: float | None = Field(
+        None, gt=0, description="Cosine classifier: logits are this times the cosine; none = linear classifier"
+    )
+    checkpoint_activations: bool = Field(
+        False, description="Recompute the backbone's activations in backward: less memory, about a third more time"
+    )
+
+
+LAYERWISE_OPTIMISERS = ("lamb",)
+"""Optimisers that look at each tensor's norm; ZeRO flattens the tensors into one and cuts that over the workers."""
+
+
+DEEPSPEED_KEYS_OF_OURS = {
+    "zero_optimization.stage": "zero_stage",
+    "gradient_accumulation_steps": "micro_batch_size",
+    "fp16.enabled": "precision",
+    "bf16.enabled": "precision",
+    "torch_autocast.enabled": "precision",
+}
+"""Raw DeepSpeed settings on which the loop itself depends."""
+
+
+class OptimiserConfig(Section):
+    """The optimiser and its learning-rate schedule: linear warm-up, then the schedule's own course."""
+
+    name: Literal["adamw", "sgd", "lamb", "deepspeed"] = Field(
+        "adamw", description="deepspeed = the one that stage_one.deepspeed.optimizer names"
+    )
+    options: dict[str, Any] = Field({}, description="Further arguments of the optimiser, e.g. {betas: [0.9, 0.95]}")
+    lr: float = Field(1e-3, gt=0, description="Peak learning rate")
+    weight_decay: float = Field(0.05, ge=0)
+    momentum: float = Field(0.9, ge=0, lt=1, description="SGD (Nesterov)")
+    warmup_epochs: float = Field(1.0, ge=0, description="Epochs over which the rate grows from 0 to lr, linearly")
+    schedule: Literal["cosine", "linear", "step", "multi_step", "constant"] = Field(
+        "cosine", description="Course of the learning rate after the warm-up"
+    )
+    final_lr_share: float = Field(
+        0.0, ge=0, le=1, description="cosine, linear: learning rate at the end of the run, in units of lr"
+    )
+    step_epochs: float = Field(30.0, gt=0, description="step: epochs, counted from the start, between two steps")
+    milestones_epochs: tuple[float, ...] = Field((), description="multi_step: epochs at which the rate steps down")
+    step_factor: float = Field(0.1, gt=0, le=1, description="step, multi_step: factor of each step")
+    clip_norm: float = Field(0.0, ge=0, description="Bound of the gradient's norm; 0 = none")
 
     @model_validator(mode="after")
-    def _contrastive_is_normalised(self) -> LossConfig:
-        if self.name == "supervised_contrastive" and not self.normalise:
+    def _milestones_belong_to_multi_step(self) -> OptimiserConfig:
+        if bool(self.milestones_epochs) != (self.schedule == "multi_step"):
             raise ValueError(
-                "supervised_contrastive needs normalise: true, its temperature is made for the unit sphere"
+                f"schedule = {self.schedule!r} and milestones_epochs = {list(self.milestones_epochs)} do not go "
+                f"together; milestones are what multi_step needs, and nothing else does"
             )
         return self
 
 
-class OptimiserConfig(Section):
-    """The optimiser and its learning-rate schedule: linear warm-up, then a cosine to zero."""
+class MemoryConfig(Section):
+    """Cross-batch memory: embeddings of past batches as further rows of the pool, without gradient."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
-    lr: float = Field(1e-3, gt=0, description="Peak learning rate")
-    weight_decay: float = Field(0.05, ge=0)
-    momentum: float = Field(0.9, ge=0, lt=1, description="SGD (Nesterov)")
-    warmup_epochs: float = Field(1.0, ge=0)
-    clip_norm: float = Field(0.0, ge=0, description="Bound of the gradient's norm; 0 = none")
+    rows: int = Field(0, ge=0, description="Embeddings that it holds, the same ones on every worker; 0 = off")
+    start_epoch: float = Field(
+        1.0, ge=0, description="Epochs before the first batch is remembered: embeddings still change fast then"
+    )
+    eviction: Literal["oldest", "class_aware"] = Field(
+        "class_aware",
+        description="What goes when it is full: the oldest row, or the oldest of the class that has most rows, so that "
+        "rare classes stay longer",
+    )
 
 
 class StageOneConfig(Section):
-    """Metric learning with cross-entropy."""
+    """Metric learning with a classification loss."""
 
     epochs: int = Field(20, ge=1)
     batch_size: int = Field(64, ge=2, description="Images a step over all workers, views not counted")
+    micro_batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="Images, each view counted, in a forward pass of a worker; the pool stays that of the whole batch. "
+        "None = all at once",
+    )
     views: Literal[1, 2] = Field(2, description="Augmented views of each image in a step")
     loss: LossConfig = LossConfig()
+    memory: MemoryConfig = MemoryConfig()
+    classification: ClassificationConfig = ClassificationConfig()
     optimiser: OptimiserConfig = OptimiserConfig()
     sampling: SamplingConfig = SamplingConfig()
-    precision: Literal["fp32", "bf16"] = "fp32"
-    zero_stage: Literal[0, 1, 2] = Field(0, description="DeepSpeed ZeRO stage")
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Moving average of the weights, evaluated and exported in their place; none = off",
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = Field(False, description="torch.compile the backbone: slower to start, then faster steps")
+    zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage")
+    skip_nonfinite_steps: int = Field(
+        0, ge=0, description="Steps with a loss or gradient that is not finite which a run leaves out before it stops"
+    )
     select_by: Literal["balanced_accuracy", "macro_f1", "worst_recall"] = Field(
         "balanced_accuracy", description="Metric on val by which the best epoch is chosen"
     )
     keep_checkpoints: int = Field(2, ge=1, description="How many of the newest checkpoints stay beside the best one")
     log_every_steps: int = Field(10, ge=1)
     deepspeed: dict[str, Any] = Field({}, description="Raw DeepSpeed settings, merged last")
+
+    @model_validator(mode="after")
+    def _memory_is_used(self) -> StageOneConfig:
+        rows, start = self.memory.rows, self.memory.start_epoch
+        if rows and self.loss.name == "none":
+            raise ValueError(f"memory.rows = {rows} serves a metric loss and loss.name is 'none'; set memory.rows: 0")
+        if rows and start >= self.epochs:
+            raise ValueError(
+                f"memory.start_epoch = {start:g} is not before the end of epochs = {self.epochs}, and the memory would "
+                f"stay empty; lower it, or set memory.rows: 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _deepspeed_can_do_it(self) -> StageOneConfig:
+        if self.ema_decay is not None and self.zero_stage == 3:
+            raise ValueError(
+                f"ema_decay = {self.ema_decay:g} needs the whole weights on every worker and zero_stage = 3 splits "
+                f"them; set zero_stage: 2 or ema_decay: null"
+            )
+        if (self.optimiser.name == "deepspeed") != ("optimizer" in self.deepspeed):
+            raise ValueError(
+                f"optimiser.name = {self.optimiser.name!r} and deepspeed.optimizer = {self.deepspeed.get('optimizer')} "
+                f"do not go together; set optimiser.name: deepspeed and name the optimiser in deepspeed.optimizer.type"
+            )
+        for key, remedy in DEEPSPEED_KEYS_OF_OURS.items():
+            if key in flatten(self.deepspeed):
+                raise ValueError(f"deepspeed.{key} is for this program to set; set stage_one.{remedy} instead")
+        if self.optimiser.name in LAYERWISE_OPTIMISERS and self.zero_stage > 0:
+            raise ValueError(
+                f"optimiser.name = {self.optimiser.name!r} scales each layer by its own norm and zero_stage = "
+                f"{self.zero_stage} flattens the layers into one; set zero_stage: 0"
+            )
+        return self
 
 
 class FeaturesConfig(Section):
@@ -110,6 +200,31 @@ class TrainerConfig(Section):
     features: FeaturesConfig = FeaturesConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _losses_suit_the_sampling(self) -> TrainerConfig:
+        stage = self.stage_one
+        check_losses(stage.loss, stage.classification, stage.sampling, self.model.cosine_scale)
+        return self
+
+    @model_validator(mode="after")
+    def _memory_has_a_loss(self) -> TrainerConfig:
+        if self.stage_one.memory.rows and self.stage_one.loss.name == "none":
+            raise ValueError(
+                f"stage_one.memory.rows = {self.stage_one.memory.rows} is for a metric loss, and stage_one.loss.name = "
+                f"'none'; set rows to 0 or name a loss"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _mixed_images_have_one_loss(self) -> TrainerConfig:
+        mix, loss = self.data.mix, self.stage_one.loss
+        if (mix.mixup_alpha or mix.cutmix_alpha) and loss.name != "none":
+            raise ValueError(
+                f"data.mix gives each image two classes and stage_one.loss.name = {loss.name!r} compares images of one "
+                f"class; set both alphas of data.mix to 0, or stage_one.loss.name: none"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batch_is_cut_evenly(self) -> TrainerConfig:

@@ -1,93 +1,284 @@
-"""DeepSpeed behind one door: configuration -> engine; step, save, load. Nothing else imports deepspeed."""
+"""DeepSpeed behind one door: configuration -> engine; forward, backward, step, save, load. Nothing else imports it.
+
+Mixed precision is torch's autocast round the network, weights and gradients in float32, at every ZeRO stage alike.
+DeepSpeed's own ways are not used: "bf16" turns batch norm's weights to bf16 beside float32 statistics, which torch
+refuses, and at ZeRO 0 its empty first step shrinks Adam's first real one to 0.74; "torch_autocast" in fp16 keeps a loss
+scale that never falls at ZeRO 1 to 3, and adds up gradients in 16 bits there (all seen with 0.19.8).
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from cluster.errors import UserError
 from trainer.config import OptimiserConfig, StageOneConfig
+from trainer.model import Classifier, Output
 
 CHECKPOINT_TAG = "engine"
+AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def deepspeed_settings(config: StageOneConfig, world: int) -> dict[str, Any]:
     """The settings that DeepSpeed is given: a pure function of ours, the raw `deepspeed` section merged last."""
     settings: dict[str, Any] = {
-        # Only bookkeeping for DeepSpeed: ranks may hold batches of different size, `global_mean` weighs them.
+        # Only bookkeeping for DeepSpeed: ranks may hold batches of different size, the objective weighs them.
         "train_micro_batch_size_per_gpu": max(1, config.batch_size // world),
+        # The engine says itself which backward pass of a step is the last.
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.optimiser.clip_norm,
-        # Autocast, not DeepSpeed's "bf16": that turns batch norm's weights to bf16 beside float32 statistics, which
-        # torch refuses, and at ZeRO 0 its empty first step shrinks Adam's first real one to 0.74 (seen with 0.19.8).
-        "torch_autocast": {"enabled": config.precision == "bf16", "dtype": "bfloat16"},
         "zero_optimization": {"stage": config.zero_stage},
         "zero_allow_untested_optimizer": True,  # SGD is not on DeepSpeed's list; our tests hold it to ZeRO 0
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
-    return _merge(settings, config.deepspeed)
+    settings = _merge(settings, config.deepspeed)
+    if "optimizer" in settings:
+        given = settings["optimizer"].get("params", {})
+        settings["optimizer"] = {**settings["optimizer"], "params": {"lr": config.optimiser.lr, **given}}
+    return settings
 
 
-def build_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD; biases and the one-dimensional weights of normalisation layers are not decayed."""
-    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
-    return torch.optim.AdamW(groups, lr=config.lr)
+def parameter_groups(network: TrainedNetwork, config: StageOneConfig) -> list[dict[str, Any]]:
+    """Decayed weights; biases and the one-dimensional weights of normalisation layers; the loss's own parameters."""
+    own = [p for p in network.classifier.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in own if p.ndim > 1], "weight_decay": config.optimiser.weight_decay},
+        {"params": [p for p in own if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": list(network.of_loss), "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
-def learning_rate(config: OptimiserConfig, progress_epochs: float, epochs: int) -> float:
-    """Linear warm-up over `warmup_epochs`, then a cosine to zero at `epochs` (Loshchilov and Hutter, 2017)."""
-    if progress_epochs < config.warmup_epochs:
-        return config.lr * progress_epochs / config.warmup_epochs
-    rest = max(epochs - config.warmup_epochs, 1e-9)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (progress_epochs - config.warmup_epochs) / rest))
+def build_optimiser(groups: list[dict[str, Any]], config: OptimiserConfig) -> torch.optim.Optimizer:
+    """AdamW or SGD of torch, LAMB of timm.
+
+    Raises:
+        UserError: `options` holds what the optimiser does not know.
+    """
+    try:
+        if config.name == "sgd":
+            options = {"momentum": config.momentum, "nesterov": config.momentum > 0, **config.options}
+            return torch.optim.SGD(groups, lr=config.lr, **options)
+        if config.name == "lamb":
+            from timm.optim import Lamb
+
+            return Lamb(groups, lr=config.lr, **{"max_grad_norm": None, **config.options})
+        return torch.optim.AdamW(groups, lr=config.lr, **config.options)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"stage_one.optimiser.options = {config.options} do not suit {config.name} ({error}); give arguments of "
+            f"that optimiser"
+        ) from None
+
+
+class TrainedNetwork(nn.Module):
+    """What the engine trains: the classifier, under autocast, and the metric loss's centres, proxies or prototypes.
+
+    The loss itself stays outside: ZeRO 3 would look for tensors in what it takes and gives, which are no tensors.
+    """
+
+    def __init__(self, classifier: Classifier, metric_loss: nn.Module | None, dtype: torch.dtype | None, device: str):
+        super().__init__()
+        self.classifier = classifier
+        self.of_loss = nn.ParameterList(metric_loss.parameters() if metric_loss is not None else [])
+        self._dtype, self._device = dtype, device
+
+    def forward(self, images: Tensor) -> Output:
+        """As the classifier's."""
+        return self.run(self.classifier, images)
+
+    def run(self, classifier: Classifier, images: Tensor) -> Output:
+        """Another classifier, e.g. the moving average, in the same precision."""
+        # Inside the module: DeepSpeed switches an autocast off that is round its own forward.
+        with torch.autocast(self._device, dtype=self._dtype or torch.bfloat16, enabled=self._dtype is not None):
+            return classifier(images)
 
 
 class Engine:
-    """A model under DeepSpeed: forward, backward with the gradient averaged over ranks, step, save, load."""
+    """A network under DeepSpeed: forward, backward with the gradient averaged over ranks, step, save, load.
 
-    def __init__(self, model: nn.Module, config: StageOneConfig, world: int, device: str):
+    Attributes:
+        settings: What DeepSpeed was given.
+        grad_norm: 2-norm of the last step's gradient, averaged over ranks, before clipping.
+    """
+
+    def __init__(
+        self, model: Classifier, config: StageOneConfig, world: int, device: str, metric_loss: nn.Module | None = None
+    ):
+        """Take a model over; every rank takes part.
+
+        Args:
+            model: On its device, with the same weights on every rank.
+            config: Stage one's configuration.
+            world: Number of workers.
+            device: `cuda` or `cpu`.
+            metric_loss: Its parameters, if it has any, are trained along.
+
+        Raises:
+            UserError: DeepSpeed refuses the raw settings, or has no such optimiser for this device.
+        """
         import deepspeed
 
         # Ray Train has made the process group; DeepSpeed takes it over.
         deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)
-        self._engine, self._optimiser, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=build_optimiser(model, config.optimiser),
-            config=deepspeed_settings(config, world),
-            dist_init_required=False,
-        )
+        if config.compile:
+            model.backbone.compile()
+        network = TrainedNetwork(model, metric_loss, AUTOCAST_DTYPES[config.precision], device)
+        groups = parameter_groups(network, config)
+        of_loss = {id(p) for p in network.of_loss}
+        # By position: DeepSpeed makes the groups' parameters anew, and keeps their order.
+        self._lr_ratios = [config.loss.lr_ratio if id(group["params"][0]) in of_loss else 1.0 for group in groups]
+        self.settings = deepspeed_settings(config, world)
+        given: dict[str, Any] = {"model_parameters": groups}
+        if config.optimiser.name != "deepspeed":
+            given = {"optimizer": build_optimiser(groups, config.optimiser)}
+        try:
+            self._engine, self._optimiser, _, _ = deepspeed.initialize(
+                model=network, config=self.settings, dist_init_required=False, **given
+            )
+        except Exception as error:
+            if not config.deepspeed:
+                raise
+            raise UserError(
+                f"DeepSpeed refuses stage_one.deepspeed = {config.deepspeed} on {device} "
+                f"({' '.join(str(error).split())[:300]}); change or leave out what it names"
+            ) from error
+        self._network, self._zero_stage = network, config.zero_stage
+        if self._zero_stage == 3:
+            # The loss reads them after the network's forward pass: they are gathered with it and stay until the step.
+            for parameter in network.of_loss:
+                deepspeed.zero.register_external_parameter(network, parameter)
+                parameter.is_external_param = True
+        self._recomputed = model if model.checkpoint_activations else None
+        self._scaler = self._loss_scaler() if config.precision == "fp16" else None
+        self.grad_norm = math.nan
 
     @property
-    def module(self) -> nn.Module:
+    def model(self) -> Classifier:
         """The model itself, its weights in float32 whatever the precision of the arithmetic."""
-        return self._engine.module
+        return self._network.classifier
 
-    def __call__(self, images: torch.Tensor) -> Any:
-        """The model's output for images [B, 3, px, px]."""
+    @property
+    def loss_scale(self) -> float | None:
+        """Factor of the loss under fp16; None otherwise."""
+        return self._scaler.cur_scale if self._scaler is not None else None
+
+    @property
+    def overflowed(self) -> bool:
+        """After a step that did not update the weights: whether the loss scale was too large, and has been lowered."""
+        return self._scaler is not None and self._scaler.cur_scale > self._scaler.min_scale
+
+    def train(self, mode: bool = True) -> None:
+        """As `nn.Module.train`."""
+        self._network.train(mode)
+
+    def __call__(self, images: Tensor) -> Output:
+        """The network's output for images [B, 3, px, px]. At ZeRO 3 every rank takes part."""
         return self._engine(images)
 
-    def step(self, loss: torch.Tensor, lr: float) -> None:
-        """Backward, average the gradient over ranks, update at learning rate `lr`. Every rank takes part."""
-        for group in self._optimiser.param_groups:
-            group["lr"] = lr
-        self._engine.backward(loss)
+    def run(self, model: Classifier, images: Tensor) -> Output:
+        """The output of a model that is not trained, in the engine's precision."""
+        return self._network.run(model, images)
+
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """Add the loss's gradient, averaged over ranks, to that of this step. Every rank takes part.
+
+        Args:
+            loss: Scalar.
+            last: No other backward of this step follows.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
+        if self._scaler is not None and self._zero_stage == 0:
+            loss = loss * self._scaler.cur_scale
+        with _statistics_held(self._recomputed):
+            self._engine.backward(loss)
+
+    def step(self, lr: float) -> bool:
+        """Update the weights at learning rate `lr`, unless the gradient is not finite. Every rank takes part.
+
+        Returns:
+            Whether they were updated: the same on every rank. If not, they are as they were and the gradient is gone.
+        """
+        for group, ratio in zip(self._optimiser.param_groups, self._lr_ratios, strict=True):
+            group["lr"] = lr * ratio
+        if self._zero_stage == 0 and not self._gradient_is_finite():
+            self._engine.zero_grad()
+            return False
         self._engine.step()
+        if self._zero_stage > 0:  # there DeepSpeed looks itself, over all ranks' parts
+            self.grad_norm = float(self._engine.get_global_grad_norm())
+        return self._engine.was_step_applied()
 
     def save(self, folder: Path) -> None:
         """Write this rank's share of the checkpoint below `folder`. Every rank takes part."""
-        self._engine.save_checkpoint(str(folder), tag=CHECKPOINT_TAG)
+        scaler = self._scaler.__dict__ if self._scaler is not None and self._zero_stage == 0 else {}
+        self._engine.save_checkpoint(str(folder), tag=CHECKPOINT_TAG, client_state={"loss_scaler": scaler})
 
     def load(self, folder: Path) -> None:
         """Go on from a verified checkpoint. Every rank takes part."""
-        self._engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
+        _, state = self._engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
+        if self._scaler is None:
+            return
+        if self._zero_stage == 0:
+            self._scaler.__dict__.update(state["loss_scaler"])
+        else:  # DeepSpeed has put the saved one in its place
+            self._scaler = self._optimiser.loss_scaler
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's tensors by name, whole; at ZeRO 3 on rank 0 only. Every rank takes part."""
+        import deepspeed
+        import torch.distributed as dist
+
+        if self._zero_stage < 3:
+            return {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
+        whole = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        for name, parameter in self.model.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if dist.get_rank() == 0:
+                    whole[name] = parameter.detach().to("cpu", copy=True).contiguous()
+        return whole if dist.get_rank() == 0 else {}
+
+    def _gradient_is_finite(self) -> bool:
+        """At ZeRO 0, after backward: every rank has the whole averaged gradient, so all of them see the same."""
+        gradients = [p.grad for p in self._network.parameters() if p.grad is not None]
+        if self._scaler is not None:
+            torch._foreach_mul_(gradients, 1 / self._scaler.cur_scale)
+        self.grad_norm = float(nn.utils.get_total_norm(gradients))
+        finite = math.isfinite(self.grad_norm)
+        if self._scaler is not None:
+            self._scaler.update_scale(not finite)
+        return finite
+
+    def _loss_scaler(self) -> Any:
+        """DeepSpeed's dynamic loss scale; at ZeRO 1 to 3 its optimiser applies it itself."""
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+        scaler = DynamicLossScaler(2.0**16, 1000, 1.0, 1, False, raise_error_at_min_scale=False)
+        if self._zero_stage > 0:
+            self._optimiser.loss_scaler, self._optimiser.dynamic_loss_scale = scaler, True
+        return scaler
+
+
+@contextmanager
+def _statistics_held(model: nn.Module | None) -> Iterator[None]:
+    """Keep a model's running statistics while its activations are computed a second time; None = nothing to do."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)] if model is not None else []
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from trainer.features import Features, read_features
 from trainer.heads import FAMILY_NAMES, Head, load_heads
 from trainer.result_table import HeldOutSet, Judged, difference, result_rows
 from trainer.retrieval import retrieval
-from trainer.stage_one import WEIGHTS_FILE, load_classifier
+from trainer.stage_checkpoint import WEIGHTS_FILE, load_classifier
 
 MODEL_FOLDER = "model"
 METRICS_FILE = f"{MODEL_FOLDER}/metrics.json"
@@ -120,8 +120,7 @@ def _candidates(
 
 def own_head(checkpoint: Path, config: TrainerConfig, dataset: Dataset) -> Head:
     """The classifier that a training learnt by itself, as a head on its raw features."""
-    classifier = load_classifier(checkpoint, config, len(dataset.classes)).classifier
-    return Head(classifier.weight.detach().clone(), classifier.bias.detach().clone())
+    return load_classifier(checkpoint, config, len(dataset.classes)).own_head()
 
 
 def _judged(candidate: Candidate) -> Judged:

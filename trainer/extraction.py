@@ -16,7 +16,7 @@ from cluster.run import RunFolder
 from data_pipeline.dataset import Dataset, open_dataset
 from trainer.config import TrainerConfig
 from trainer.features import MANIFEST_FILE, extract, read_manifest, write_manifest, write_part
-from trainer.stage_one import WEIGHTS_FILE, load_classifier
+from trainer.stage_checkpoint import WEIGHTS_FILE, load_classifier
 
 
 @dataclass(frozen=True)

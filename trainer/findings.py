@@ -183,7 +183,7 @@ def best_per_family(search: Sequence[Mapping[str, Any]]) -> list[Mapping[str, An
 
     def merit(row: Mapping[str, Any]) -> tuple[float, float]:
         bound = row.get("lower_bound")
-        return (bound if is_number(bound) else -math.inf, row["score"])
+        return (float(bound) if bound is not None and is_number(bound) else -math.inf, row["score"])
 
     best: dict[str, Mapping[str, Any]] = {}
     for row in search:

@@ -1,4 +1,4 @@
-"""The network: a timm backbone, an embedding head for the metric loss, a linear classifier.
+"""The network: a timm backbone, an embedding head for the metric loss, a linear or a cosine classifier.
 
 Shapes: B images, px side of an image, F features of the backbone, D embedding dimensions, C classes.
 """
@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cluster.errors import UserError
 from trainer.config import ModelConfig
+from trainer.heads import Head
 
 
 class Output(NamedTuple):
@@ -25,6 +26,30 @@ class Output(NamedTuple):
     logits: Tensor  # [B, C] of the stage-one classifier
 
 
+class CosineLinear(nn.Module):
+    """Logits that are `scale` times the cosine of feature and class weight, as margin losses want them.
+
+    Wang et al., CosFace, CVPR 2018 (arXiv:1801.09414), eq. 3; no bias.
+
+    Args:
+        feature_dim: F.
+        num_classes: C.
+        scale: s.
+    """
+
+    def __init__(self, feature_dim: int, num_classes: int, scale: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(nn.functional.normalize(torch.randn(num_classes, feature_dim), dim=1))
+        self.scale = scale
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, F] -> [B, C], in float32 at least: s times the rounding of a bf16 cosine is a tenth of a logit."""
+        with torch.autocast(features.device.type, enabled=False):
+            features = nn.functional.normalize(_at_least_float32(features), dim=1)
+            weight = nn.functional.normalize(self.weight.to(features.dtype), dim=1)
+            return self.scale * features @ weight.T
+
+
 class Classifier(nn.Module):
     """Backbone -> features -> embedding (Linear-ReLU-Linear, as in SupCon, arXiv:2004.11362) and class logits.
 
@@ -32,9 +57,11 @@ class Classifier(nn.Module):
         backbone: Module that turns [B, 3, px, px] into [B, F].
         feature_dim: F.
         num_classes: C.
-        config: Widths of the embedding head, dropout, batch-norm freezing.
+        config: Widths of the embedding head, dropout, kind of classifier, batch-norm freezing.
         normalise: Embeddings of unit length.
     """
+
+    classifier: nn.Linear | CosineLinear
 
     def __init__(
         self, backbone: nn.Module, feature_dim: int, num_classes: int, config: ModelConfig, normalise: bool = True
@@ -47,17 +74,22 @@ class Classifier(nn.Module):
             nn.Linear(config.hidden_dim, config.embedding_dim),
         )
         self.dropout = nn.Dropout(config.drop_rate)
-        self.classifier = nn.Linear(feature_dim, num_classes)
+        if config.cosine_scale is None:
+            self.classifier = nn.Linear(feature_dim, num_classes)
+        else:
+            self.classifier = CosineLinear(feature_dim, num_classes, config.cosine_scale)
         self.feature_dim = feature_dim
         self.normalise = normalise
         self.freeze_batch_norm = config.freeze_batch_norm
+        self.checkpoint_activations = config.checkpoint_activations
 
     def features(self, images: Tensor) -> Tensor:
-        """Pooled backbone output [B, F] of images [B, 3, px, px]; images are brought to the weights' dtype.
+        """Pooled backbone output [B, F] of images [B, 3, px, px], in the weights' dtype unless autocast chooses.
 
         Convolutions run channels-last: a third faster on the CPU, and what tensor cores want.
         """
-        dtype = next(self.backbone.parameters()).dtype
+        chosen = torch.is_autocast_enabled(images.device.type)
+        dtype = images.dtype if chosen else next(self.backbone.parameters()).dtype
         return self.backbone(images.to(dtype=dtype, memory_format=torch.channels_last))
 
     def embed(self, features: Tensor) -> Tensor:
@@ -70,6 +102,14 @@ class Classifier(nn.Module):
         features = self.features(images)
         logits = _at_least_float32(self.classifier(self.dropout(features)))
         return Output(features, self.embed(features), logits)
+
+    def own_head(self) -> Head:
+        """A copy of the classifier, as a head on raw features."""
+        weight = self.classifier.weight.detach().clone()
+        if isinstance(self.classifier, CosineLinear):
+            weight = self.classifier.scale * nn.functional.normalize(weight, dim=1)
+            return Head(weight, weight.new_zeros(len(weight)), normalise=True)
+        return Head(weight, self.classifier.bias.detach().clone())
 
     def train(self, mode: bool = True) -> Classifier:
         """As `nn.Module.train`; frozen batch norms stay on their running statistics (their scale and bias learn)."""
@@ -97,6 +137,8 @@ def build_model(config: ModelConfig, num_classes: int, image_px: int, normalise:
     feature_dim = _probe(backbone, config.backbone, image_px)
     if config.weights not in (None, "timm"):
         load_backbone(backbone, config.backbone, str(config.weights))
+    if config.checkpoint_activations:
+        _checkpoint_activations(backbone, config.backbone)
     return Classifier(backbone, feature_dim, num_classes, config, normalise).train()
 
 
@@ -181,6 +223,15 @@ def _probe(backbone: nn.Module, name: str, image_px: int) -> int:
             f"choose a network with global pooling"
         )
     return features.shape[1]
+
+
+def _checkpoint_activations(backbone: nn.Module, name: str) -> None:
+    try:
+        backbone.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AttributeError, AssertionError):
+        raise UserError(
+            f"model.checkpoint_activations: timm's {name!r} cannot recompute its activations; set it to false"
+        ) from None
 
 
 def _read_weights(weights: str) -> dict[str, Tensor]:

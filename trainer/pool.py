@@ -9,6 +9,7 @@ Shapes: W ranks, B_r embeddings of rank r, N = sum of B_r, D embedding.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,10 @@ from torch.autograd.function import once_differentiable
 from trainer.losses.base import LossSum, Pool
 from trainer.pairwise import accumulation_dtype
 
-__all__ = ["LossSum", "Pool", "gather_pool", "global_mean"]
+__all__ = ["LossSum", "Pool", "gather_order", "gather_pool", "gather_sizes", "global_mean"]
+
+# What a rank says of its rows before any are sent: number of rows, of labels, D, dtype as a place in this list.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def gather_pool(embeddings: Tensor, labels: Tensor, group: dist.ProcessGroup | None = None) -> Pool:
@@ -28,16 +32,40 @@ def gather_pool(embeddings: Tensor, labels: Tensor, group: dist.ProcessGroup | N
     The gradient of this rank's embeddings is the sum, over all ranks, of what their losses give to these rows.
 
     Args:
-        embeddings: [B_r, D] of this rank; B_r may differ between ranks, D and dtype may not.
+        embeddings: [B_r, D] of this rank; B_r may differ between ranks and be 0, D and dtype may not differ.
         labels: [B_r] int64.
         group: None = the default group.
+
+    Raises:
+        ValueError: Embeddings of two ranks do not fit together, or embeddings and labels of one; on every rank alike,
+            so that none is left waiting.
     """
-    world, rank = _world(group), _rank(group)
-    sizes = _gather_sizes(len(labels), labels.device, world, group)
-    if world == 1:
+    rank = _rank(group)
+    own = (len(embeddings), len(labels), embeddings.shape[1], DTYPES.index(embeddings.dtype))
+    sizes = _check_shapes(_gather_numbers(own, embeddings.device, group))
+    if len(sizes) == 1:
         return Pool(embeddings, labels, 0)
     pool = _GatherRows.apply(embeddings, sizes, rank, group)
     return Pool(pool, _gather_rows(labels, sizes, group), sum(sizes[:rank]))
+
+
+def gather_order(keys: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The gathered pool's rows in an order that does not depend on how the batch was cut into ranks.
+
+    Args:
+        keys: [B_r] int64, a number of each row of this rank that it would have on any rank, e.g. position and view.
+        group: None = the default group.
+
+    Returns:
+        [N] rows of the pool, by rising key; the same on every rank.
+    """
+    sizes = gather_sizes(len(keys), keys.device, group)
+    return (_gather_rows(keys, sizes, group) if len(sizes) > 1 else keys).argsort(stable=True)
+
+
+def gather_sizes(size: int, device: torch.device, group: dist.ProcessGroup | None = None) -> list[int]:
+    """One number of each rank, in rank order; `device` is where messages are made."""
+    return [numbers[0] for numbers in _gather_numbers((size,), device, group)]
 
 
 def global_mean(loss: LossSum, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -61,9 +89,8 @@ def global_mean(loss: LossSum, group: dist.ProcessGroup | None = None) -> Tensor
     Returns:
         W * S_r / n; zero, still with a graph, where no rank has a valid anchor.
     """
-    world = _world(group)
-    count = sum(_gather_sizes(loss.count, loss.total.device, world, group))
-    return loss.total * (world / max(count, 1))
+    counts = gather_sizes(loss.count, loss.total.device, group)
+    return loss.total * (len(counts) / max(sum(counts), 1))
 
 
 class _GatherRows(torch.autograd.Function):
@@ -85,13 +112,29 @@ class _GatherRows(torch.autograd.Function):
         return own[: sizes[rank]].to(grad.dtype), None, None, None
 
 
-def _gather_sizes(size: int, device: torch.device, world: int, group: dist.ProcessGroup | None) -> list[int]:
-    """One number of each rank, in rank order."""
+def _gather_numbers(
+    numbers: Sequence[int], device: torch.device, group: dist.ProcessGroup | None
+) -> list[tuple[int, ...]]:
+    """A few numbers of each rank, in rank order, in one message."""
+    world = _world(group)
     if world == 1:
-        return [size]
-    sizes = torch.empty(world, dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(sizes, torch.tensor([size], device=device), group=group)
-    return sizes.tolist()
+        return [tuple(numbers)]
+    parts = torch.empty(world * len(numbers), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(parts, torch.tensor(numbers, device=device), group=group)
+    return [tuple(part) for part in parts.view(world, -1).tolist()]
+
+
+def _check_shapes(shapes: list[tuple[int, ...]]) -> list[int]:
+    """Rows of each rank, from rows, labels, D and place in `DTYPES` of each rank."""
+    for rank, (rows, labels, dim, dtype) in enumerate(shapes):
+        if rows != labels:
+            raise ValueError(f"rank {rank} has {rows} embeddings and {labels} labels; each embedding needs one label")
+        if (dim, dtype) != shapes[0][2:]:
+            raise ValueError(
+                f"rank {rank} has embeddings of {dim} x {DTYPES[dtype]} and rank 0 of {shapes[0][2]} x "
+                f"{DTYPES[shapes[0][3]]}; every rank must run the same model in the same precision"
+            )
+    return [shape[0] for shape in shapes]
 
 
 def _gather_rows(rows: Tensor, sizes: list[int], group: dist.ProcessGroup | None) -> Tensor:

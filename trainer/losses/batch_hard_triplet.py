@@ -8,8 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trainer.losses.base import LossSum, Pool, sum_valid
-from trainer.pairwise import accumulation_dtype, hardest_rows
+from trainer.losses.base import LossSum, MetricLoss, Pool, paired_distance, sum_valid
+from trainer.pairwise import hardest_rows
+
+
+class BatchHardTriplet(MetricLoss):
+    """See `batch_hard_triplet`."""
+
+    def loss_sum(self, anchors: Tensor, labels: Tensor, pool: Pool, progress: float) -> LossSum:
+        """See `MetricLoss.forward`."""
+        return batch_hard_triplet(anchors, labels, pool, self.config.margin)
 
 
 def batch_hard_triplet(anchors: Tensor, anchor_labels: Tensor, pool: Pool, margin: float) -> LossSum:
@@ -33,18 +41,7 @@ def batch_hard_triplet(anchors: Tensor, anchor_labels: Tensor, pool: Pool, margi
     # The rows are found without gradient and only then gathered with it: the gradient of a maximum is that of the
     # row which attains it. One gather for both, since its backward makes one array of the pool's size.
     rows = pool.embeddings.index_select(0, torch.cat([positive, negative]).clamp(min=0))
-    distances = _distance(torch.cat([anchors, anchors]), rows)
+    distances = paired_distance(torch.cat([anchors, anchors]), rows)
     to_positive, to_negative = distances.chunk(2)
     losses = (margin + to_positive - to_negative).clamp(min=0)
     return sum_valid(losses, (positive >= 0) & (negative >= 0), anchor_labels)
-
-
-def _distance(left: Tensor, right: Tensor) -> Tensor:
-    """Euclidean distance of paired rows, [B, D] and [B, D] -> [B].
-
-    Its gradient between equal rows, where there is none, is zero instead of NaN.
-    """
-    dtype = accumulation_dtype(left)
-    squared = (left.to(dtype) - right.to(dtype)).square().sum(1)
-    apart = squared != 0  # true for NaN, which stays visible
-    return torch.where(apart, torch.where(apart, squared, torch.ones_like(squared)).sqrt(), torch.zeros_like(squared))

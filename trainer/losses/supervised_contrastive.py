@@ -7,8 +7,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from trainer.losses.base import LossSum, Pool, sum_valid
-from trainer.pairwise import pool_logsumexp, positive_similarity
+from trainer.losses.base import LossSum, MetricLoss, Pool
+from trainer.pairwise import contrastive_total
+
+
+class SupervisedContrastive(MetricLoss):
+    """See `supervised_contrastive`."""
+
+    needs_unit_length = True
+
+    def loss_sum(self, anchors: Tensor, labels: Tensor, pool: Pool, progress: float) -> LossSum:
+        """See `MetricLoss.forward`."""
+        return supervised_contrastive(anchors, labels, pool, self.config.temperature)
 
 
 def supervised_contrastive(anchors: Tensor, anchor_labels: Tensor, pool: Pool, temperature: float) -> LossSum:
@@ -28,7 +38,8 @@ def supervised_contrastive(anchors: Tensor, anchor_labels: Tensor, pool: Pool, t
     Returns:
         Sum and number of valid anchors; computed in float32 for lower precisions.
     """
-    log_sum = pool_logsumexp(anchors, pool.embeddings, temperature, pool.first)
-    similarity, num_positives = positive_similarity(anchors, anchor_labels, pool.embeddings, pool.labels, pool.first)
-    losses = log_sum - similarity / num_positives.clamp(min=1) / temperature
-    return sum_valid(losses, num_positives > 0, anchor_labels)
+    total, num_positives = contrastive_total(
+        anchors, anchor_labels, pool.embeddings, pool.labels, temperature, pool.first
+    )
+    valid = num_positives > 0
+    return LossSum(total, int(valid.sum()), anchor_labels[~valid])

@@ -1,0 +1,139 @@
+"""One pass without augmentation: each sample of a split once over all ranks, or loose files."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data_pipeline.config import DataConfig
+from data_pipeline.damage import DamageLog
+from data_pipeline.dataset import Dataset
+from data_pipeline.decode import Decoder, DecoderSettings, ImageSettings, find_damaged
+from data_pipeline.images import DamagedImage, prepare_image
+from data_pipeline.read_ahead import READ_THREADS, Batch, FileBatch, Load, decode_ahead, make_batch, read_images
+from data_pipeline.shards import ShardReader
+
+MAX_DECODE_THREADS = 16
+"""More than this outrun any network that is trained."""
+
+_log = logging.getLogger(__name__)
+
+
+def evaluation_batches(
+    dataset: Dataset,
+    data: DataConfig,
+    split: str,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device | None = None,
+) -> Iterator[Batch]:
+    """Each sample of a split once over all ranks, in index order, without augmentation.
+
+    Rank r gets the r-th contiguous block of rows; blocks, and with them the numbers of batches, may differ in size.
+    A damaged image is left out, with a warning that names it; `Batch.rows` tells which samples are there.
+
+    Args:
+        dataset: The packed dataset.
+        data: Image size, threads, cache.
+        split: train, val or test.
+        batch_size: Of this rank; the last batch may be smaller.
+        rank: Of this worker.
+        world: Number of workers.
+        device: Where the tensors go; None = CPU.
+
+    Raises:
+        UserError: More than `data.max_damaged` images of this rank are damaged, or a shard is broken.
+    """
+    index = dataset.index(split)
+    begin, end = rank * len(index) // world, (rank + 1) * len(index) // world
+    decoder = Decoder(decoder_settings(dataset, data, batch_size, device or torch.device("cpu")))
+    reader = ShardReader(dataset, data)
+    damage = DamageLog(dataset, index, data.max_damaged, reader)
+    reader.prefetch(dict.fromkeys(index.shard[begin:end].tolist()))
+
+    def load(first: int) -> Load:
+        rows = np.arange(first, min(first + batch_size, end))
+        return Load(0, (first - begin) // batch_size, rows, read_images(reader, index, rows))
+
+    def repair(load: Load) -> Load:
+        found = find_damaged(decoder.settings, load.encoded)
+        damage.add({int(load.rows[place]): reason for place, reason in found.items()})
+        for place, reason in found.items():
+            _log.warning("%s of split %s is left out, it is damaged: %s", index.key[load.rows[place]], split, reason)
+        return load.without(found)
+
+    jobs = (partial(load, first) for first in range(begin, end, batch_size))
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        try:
+            for ready, images in decode_ahead(decoder, pool, jobs, repair):
+                yield make_batch(index, ready, images)
+            reader.settle()
+        finally:
+            decoder.close()
+            reader.close()
+
+
+def decode_files(
+    files: Sequence[Path | str | bytes],
+    image: ImageSettings,
+    *,
+    batch_size: int,
+    device: torch.device | None = None,
+    threads: int = 2,
+) -> Iterator[FileBatch]:
+    """Loose images through the evaluation graph, in the given order; damaged ones are reported, never fatal.
+
+    Any format that Pillow reads is taken, by the rules of `images.py`.
+
+    Args:
+        files: Paths, or the encoded bytes themselves.
+        image: Size and normalisation.
+        batch_size: The last batch may be smaller; damaged files make any batch smaller, down to none.
+        device: Where the tensors go; None = CPU.
+        threads: For reading and for DALI.
+    """
+    decoder = Decoder(DecoderSettings(image, batch_size, device or torch.device("cpu"), threads))
+
+    def load(first: int) -> Load:
+        loaded = Load(0, first // batch_size, np.arange(first, min(first + batch_size, len(files))), [])
+        damaged = {}
+        for place, file in enumerate(files[first : first + batch_size]):
+            try:
+                data = file if isinstance(file, bytes) else Path(file).read_bytes()
+                loaded.encoded.append(np.frombuffer(prepare_image(data).data, dtype=np.uint8))
+            except (DamagedImage, OSError) as error:
+                loaded.encoded.append(np.empty(0, dtype=np.uint8))
+                damaged[place] = getattr(error, "strerror", None) or str(error)
+        return loaded.without(damaged)
+
+    def repair(load: Load) -> Load:
+        return load.without(find_damaged(decoder.settings, load.encoded))
+
+    jobs = (partial(load, first) for first in range(0, len(files), batch_size))
+    with ThreadPoolExecutor(threads) as pool:
+        for ready, images in decode_ahead(decoder, pool, jobs, repair):
+            yield FileBatch(images, ready.rows.tolist(), ready.damaged)
+
+
+def decoder_settings(dataset: Dataset, data: DataConfig, batch_size: int, device: torch.device) -> DecoderSettings:
+    """How a split's images are decoded without augmentation."""
+    image = ImageSettings(data.image_px, data.resize_ratio, dataset.mean, dataset.std)
+    return DecoderSettings(image, batch_size, device, data.decode_threads or cores_per_worker(), data.decode)
+
+
+def cores_per_worker() -> int:
+    """Cores that this process may use, shared out over the machine's workers (LOCAL_WORLD_SIZE, as launchers set it).
+
+    At least one, at most `MAX_DECODE_THREADS`.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))), MAX_DECODE_THREADS)

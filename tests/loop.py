@@ -1,0 +1,91 @@
+"""Stage one's loop in gloo processes, without Ray: each rank's messages and checkpoints in a folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import trainer.stage_one
+from cluster.checkpoint import newest_whole
+from cluster.launch import Worker
+from data_pipeline.loader import Batch, TrainLoader
+from tests.engines import prepare
+from trainer.config import TrainerConfig
+
+
+class Interrupted(Exception):
+    """Stands for a kill right after a checkpoint."""
+
+
+class FolderWorker(Worker):
+    """Ranks share a folder; rank 0 keeps what was told.
+
+    Args:
+        rank: Of this process.
+        world: Number of processes.
+        folder: Of the run.
+        stop_after: Epoch after whose checkpoint the run is interrupted.
+    """
+
+    def __init__(self, rank: int, world: int, folder: Path, stop_after: int | None = None):
+        super().__init__(rank, world, "cpu", _mailbox=None)
+        self.folder, self.stop_after = folder, stop_after
+        self.told: list[dict[str, Any]] = []
+
+    def tell(self, message: dict[str, Any]) -> None:
+        self.told.append(json.loads(json.dumps(message)))
+
+    @contextmanager
+    def checkpoint(self) -> Iterator[Path | None]:
+        yield newest_whole(sorted(self.folder.glob("epoch-*"), reverse=True))
+
+    def report(self, metrics: dict[str, float], folder: Path, name: str) -> None:
+        import torch.distributed as dist
+
+        shutil.copytree(folder, self.folder / name, dirs_exist_ok=True)
+        dist.barrier()
+        if metrics["epoch"] == self.stop_after:
+            raise Interrupted
+
+
+def loop(
+    rank: int,
+    world: int,
+    config: TrainerConfig,
+    folder: Path,
+    stop_after: int | None = None,
+    change: Callable[[Batch, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Train, and return what rank 0 was told. `folder` holds the packed dataset in `dataset`.
+
+    Args:
+        rank: Of this process.
+        world: Number of processes.
+        config: The configuration.
+        folder: Checkpoints go to `folder / config.run`.
+        stop_after: Epoch after whose checkpoint the run is interrupted.
+        change: Called with each batch and its rank before the loop sees it.
+    """
+    prepare(rank, world)
+
+    class Changed(TrainLoader):
+        def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+            for batch in super().epoch(epoch, first_step):
+                if change is not None:
+                    change(batch, rank)
+                yield batch
+
+    worker = FolderWorker(rank, world, folder / config.run, stop_after)
+    original = trainer.stage_one.TrainLoader
+    trainer.stage_one.TrainLoader = Changed  # type: ignore[misc]
+    try:
+        trainer.stage_one.train_on_worker(worker, config, str(folder / "dataset"))
+    except Interrupted:
+        pass
+    finally:
+        trainer.stage_one.TrainLoader = original  # type: ignore[misc]
+    return worker.told

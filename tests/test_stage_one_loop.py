@@ -1,0 +1,195 @@
+"""Stage one's loop on one and two real ranks: its options, alone and together, and what it does when something breaks."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cluster.errors import UserError
+from data_pipeline.dataset import open_dataset
+from data_pipeline.pack import pack
+from data_pipeline.synthetic import draw_synthetic
+from tests.gloo import run_gloo
+from tests.loop import loop
+from tests.tiny import tiny_config
+from trainer.stage_checkpoint import load_classifier
+
+STEPS_PER_EPOCH = 5
+FROZEN = {"freeze_batch_norm": True}
+TOGETHER = {
+    "ema_decay": 0.9,
+    "memory": {"rows": 96, "start_epoch": 0.5},
+    "loss": {"name": "proxy_anchor", "lr_ratio": 5.0, "warmup_epochs": 0.5},
+}
+POISONED_STEP = 3
+
+
+def config_of(folder, run, stage_one=None, **sections):
+    stage = {"batch_size": 32, "epochs": 1, "views": 2, "log_every_steps": 1, "optimiser": {"warmup_epochs": 0.5}}
+    return tiny_config(Path(folder) / "images", run, stage_one={**stage, **(stage_one or {})}, **sections)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("loop")
+    draw_synthetic(folder / "images", seed=1, scale=0.06)
+    config = config_of(folder, "packed")
+    pack(config.source, config.data, str(folder / "dataset"), config.seed, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_ranks(folder):
+    return run_gloo(on_two_ranks, 2, str(folder))
+
+
+def on_two_ranks(rank, world, folder):
+    """All that is looked at with two ranks: DeepSpeed takes seconds to import."""
+
+    def run(name, stage_one=None, stop_after=None, change=None, **sections):
+        return loop(rank, world, config_of(folder, name, stage_one, **sections), Path(folder), stop_after, change)
+
+    def failure(name, stage_one=None, **sections):
+        with pytest.raises(UserError) as error:
+            run(name, stage_one, change=poison, **sections)
+        return str(error.value)
+
+    synchronised = {"model": {"sync_batch_norm": True}}
+    whole = {"loss": {"name": "proxy_anchor"}}
+    return {
+        "together": run("together", {**TOGETHER, "epochs": 2}, **synchronised),
+        "broken": run("broken", {**TOGETHER, "epochs": 2}, stop_after=0, **synchronised)
+        + run("broken", {**TOGETHER, "epochs": 2}, **synchronised),
+        "whole": run("whole", whole, model=FROZEN),
+        "micro": run("micro", {**whole, "micro_batch_size": 5}, model=FROZEN),
+        "micro3": run("micro3", {**whole, "micro_batch_size": 5, "zero_stage": 3}, model=FROZEN),
+        "stopped": failure("stopped", {"epochs": 2}, model=FROZEN),
+        "skipped": run("skipped", {"skip_nonfinite_steps": 1}, change=poison),
+        "too_many": failure("too_many", {"skip_nonfinite_steps": 1, "epochs": 2}),
+        "mixed": run("mixed", {"loss": {"name": "none"}}, data={"mix": {"mixup_alpha": 0.4}}, model=FROZEN),
+    }
+
+
+def poison(batch, rank):
+    """An image of rank 1 that is not a number, in one step of each epoch."""
+    if rank == 1 and batch.step == POISONED_STEP:
+        batch.images[2] = math.nan
+
+
+@pytest.fixture(scope="module")
+def one_rank(folder):
+    return run_gloo(on_one_rank, 1, str(folder))[0]
+
+
+def on_one_rank(rank, world, folder):
+    config = config_of(folder, "alone", {**TOGETHER, "epochs": 2}, model={"sync_batch_norm": True})
+    return loop(rank, world, config, Path(folder))
+
+
+def steps(lines):
+    return {line["step"]: line for line in lines if line["kind"] == "step"}
+
+
+def losses(lines):
+    return {step: (line["cross_entropy"], line["metric_loss"]) for step, line in steps(lines).items()}
+
+
+def epochs(lines):
+    return {line["epoch"]: line for line in lines if line["kind"] == "epoch"}
+
+
+def weights(folder, run, epoch=0):
+    return load_file(folder / run / f"epoch-{epoch:04d}" / "weights.safetensors")
+
+
+def test_a_run_that_was_broken_follows_the_unbroken_one_with_average_memory_and_proxies(folder, two_ranks):
+    unbroken, broken = two_ranks[0]["together"], two_ranks[0]["broken"]
+    assert len(losses(unbroken)) == 2 * STEPS_PER_EPOCH
+    assert losses(broken) == losses(unbroken)
+    assert epochs(broken) == epochs(unbroken)
+    for name, tensor in weights(folder, "together", 1).items():
+        assert weights(folder, "broken", 1)[name].equal(tensor), name
+    memory = [load_file(folder / run / "epoch-0001" / "memory.safetensors") for run in ("together", "broken")]
+    assert memory[0]["labels"].equal(memory[1]["labels"]) and memory[0]["embeddings"].equal(memory[1]["embeddings"])
+
+
+def test_two_ranks_are_one_rank_with_average_memory_proxies_and_synchronised_batch_norm(folder, two_ranks, one_rank):
+    two = two_ranks[0]["together"]
+    for step, pair in losses(one_rank).items():
+        assert losses(two)[step] == pytest.approx(pair, rel=2e-3), step  # float32 sums in another order
+        assert steps(two)[step]["positives_per_anchor"] == steps(one_rank)[step]["positives_per_anchor"]
+    alone, together = ({k: v for k, v in weights(folder, run, 1).items()} for run in ("alone", "together"))
+    for name, tensor in alone.items():
+        if tensor.is_floating_point():
+            assert (together[name] - tensor).norm() <= 2e-2 * tensor.norm() + 1e-3, name
+    labels = [load_file(folder / run / "epoch-0001" / "memory.safetensors")["labels"] for run in ("alone", "together")]
+    assert labels[0].equal(labels[1])  # the memory's order does not depend on how the batch was cut
+
+
+def test_the_pool_is_the_batch_of_all_ranks_and_then_the_memory(two_ranks):
+    lines = steps(two_ranks[0]["together"])
+    assert lines[1]["pool_rows"] == 64 and max(line["pool_rows"] for line in lines.values()) == 64 + 96
+    # lambda grows over half an epoch
+    assert [lines[step]["metric_weight"] for step in (1, 2, 3)] == pytest.approx([0.4, 0.8, 1.0])
+    for line in lines.values():
+        assert line["loss"] == pytest.approx(line["cross_entropy"] + line["metric_weight"] * line["metric_loss"])
+
+
+def test_micro_batches_are_the_whole_batch_at_zero_0_and_3(folder, two_ranks):
+    whole = two_ranks[0]["whole"]
+    for run in ("micro", "micro3"):
+        for step, pair in losses(whole).items():
+            assert losses(two_ranks[0][run])[step] == pytest.approx(pair, rel=1e-3), (run, step)
+        assert steps(two_ranks[0][run])[1]["pool_rows"] == 64
+        assert steps(two_ranks[0][run])[1]["grad_norm"] == pytest.approx(steps(whole)[1]["grad_norm"], rel=1e-4)
+        assert weights(folder, run).keys() == weights(folder, "whole").keys()
+    assert epochs(two_ranks[0]["micro3"]).keys() == {0}
+
+
+def test_a_loss_that_is_not_finite_stops_every_rank_at_its_step_and_names_the_image(folder, two_ranks):
+    index = open_dataset(str(folder / "dataset")).index("train")
+    messages = [results["stopped"] for results in two_ranks]
+    assert messages[0] == messages[1]
+    found = re.fullmatch(
+        r"the loss is nan, from outputs that are not finite for worker 1: (\S+) at step 4 \(epoch 0\); the weights were "
+        r"not updated, there is no checkpoint yet; lower stage_one\.optimiser\.lr = 0\.001, or raise "
+        r"stage_one\.skip_nonfinite_steps = 0, and give another run=\.\.\.",
+        messages[0],
+    )
+    assert found and found[1] in index.key
+
+
+def test_a_step_may_be_left_out_and_leaves_nothing_behind(folder, two_ranks):
+    lines = two_ranks[0]["skipped"]
+    assert steps(lines).keys() == {1, 2, 3, 5}
+    skipped = [line for line in lines if line["kind"] == "skipped"]
+    assert [(line["step"], line["skipped"]) for line in skipped] == [(4, 1)]
+    assert skipped[0]["reason"].startswith("the loss is nan, from outputs that are not finite for worker 1: ")
+    assert all(math.isfinite(line["loss"]) for line in steps(lines).values())
+    assert all(tensor.isfinite().all() for tensor in weights(folder, "skipped").values())  # batch norm's means too
+
+
+def test_more_steps_than_allowed_stop_the_run_and_name_the_last_good_checkpoint(two_ranks):
+    message = two_ranks[0]["too_many"]
+    assert " at step 9 (epoch 1), after 1 steps left out; the weights were not updated, " in message
+    assert "the last good checkpoint is stage_one/epoch-0000; lower stage_one.optimiser.lr" in message
+
+
+def test_mixed_images_are_learnt_by_the_classification_loss_alone(two_ranks):
+    lines = steps(two_ranks[0]["mixed"])
+    assert len(lines) == STEPS_PER_EPOCH
+    assert all(line["loss"] == line["cross_entropy"] and "metric_loss" not in line for line in lines.values())
+
+
+def test_the_average_is_what_later_steps_read(folder, two_ranks):
+    assert two_ranks
+    config = config_of(folder, "together", {**TOGETHER, "epochs": 2}, model={"sync_batch_norm": True})
+    model = load_classifier(folder / "together" / "epoch-0001", config, 16)
+    raw = torch.load(folder / "together/epoch-0001/engine/mp_rank_00_model_states.pt", weights_only=False)["module"]
+    name = "backbone.conv1.0.weight"
+    assert model.state_dict()[name].equal(weights(folder, "together", 1)[name])
+    assert not raw[f"classifier.{name}"].equal(model.state_dict()[name])
+    assert raw["of_loss.0"].shape == (16, 8)  # proxies are DeepSpeed's to keep

@@ -1,0 +1,69 @@
+"""The val split over all workers, and what has to agree between them before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from cluster.launch import Worker
+from data_pipeline.dataset import Dataset
+from data_pipeline.loader import evaluation_batches
+from trainer.config import TrainerConfig
+from trainer.metrics import METRICS
+from trainer.model import Output
+
+
+def average_batch_norm(model: nn.Module) -> None:
+    """Average running means and variances over ranks, each of which saw its own images. Every rank takes part.
+
+    After it all ranks hold the same model, so that it does not matter whose buffers a checkpoint keeps.
+    """
+    buffers = [b for m in model.modules() if isinstance(m, _BatchNorm) for b in (m.running_mean, m.running_var)]
+    if not buffers or dist.get_world_size() == 1:
+        return
+    flat = torch.cat([b.flatten().float() for b in buffers])  # type: ignore[union-attr]
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):  # type: ignore[union-attr]
+        buffer.copy_(mean.view_as(buffer))  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+def validate(
+    predict: Callable[[Tensor], Output], dataset: Dataset, config: TrainerConfig, worker: Worker, device: torch.device
+) -> dict[str, float]:
+    """Each sample of val once over all workers -> METRICS of the own classifier. Every rank takes part.
+
+    Args:
+        predict: The network in evaluation mode.
+        dataset: The packed dataset.
+        config: Batch size and image settings.
+        worker: This rank.
+        device: Where the network is.
+    """
+    batch_size = config.features.batch_size
+    rows, predictions = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    batches = evaluation_batches(
+        dataset, config.data, "val", batch_size=batch_size, rank=worker.rank, world=worker.world, device=device
+    )
+    num_batches = 0
+    for batch in batches:
+        num_batches += 1
+        rows.append(batch.rows)
+        predictions.append(predict(batch.images).logits.argmax(1).cpu().numpy())
+    if config.stage_one.zero_stage == 3:  # a forward pass is a collective: all ranks do as many
+        longest = -(-len(dataset.index("val")) // worker.world)
+        side = config.data.image_px
+        for _ in range(num_batches, -(-longest // batch_size)):
+            predict(torch.zeros(1, 3, side, side, device=device))
+    parts: list[Any] = [None] * worker.world
+    dist.all_gather_object(parts, (np.concatenate(rows), np.concatenate(predictions)))
+    labels = dataset.index("val").label[np.concatenate([p[0] for p in parts])]
+    predicted = np.concatenate([p[1] for p in parts])
+    return {name: float(metric(labels, predicted, len(dataset.classes))) for name, metric in METRICS.items()}
