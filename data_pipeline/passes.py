@@ -136,4 +136,4 @@ def cores_per_worker() -> int:
     At least one, at most `MAX_DECODE_THREADS`.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))), MAX_DECODE_THREADS)
+    return min(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))), MAX_DECODE_THREADS)

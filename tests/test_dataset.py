@@ -178,7 +178,7 @@ def test_an_index_that_does_not_fit_its_dataset(packed, column, value, what):
 def test_an_index_with_a_key_twice(packed):
     columns = rewrite_index(packed, lambda columns: columns["key"].__setitem__(2, columns["key"][7]))
     with pytest.raises(UserError) as error:
-        open_dataset(str(packed)).index("test")
+        open_dataset(str(packed), verify=True)
     assert str(error.value) == (
         f"index.parquet of the packed dataset {packed} has the key {columns['key'][7]!r} twice; pack the dataset again"
     )
