@@ -148,19 +148,39 @@ def dali_batches(setting: Setting, layout: str) -> Iterator[int]:
 
 @dataclass
 class Rival:
-    """One source of batches over all rounds; when its turn comes its queues are full, so it begins untimed."""
+    """One source of batches over all rounds."""
 
     batches: Iterator[int]
+    workers: list[psutil.Process]
     rates: list[float]
     cpu_ms: list[float]
 
+    @classmethod
+    def start(cls, source: Callable[[], Iterator[int]]) -> Rival:
+        before = set(psutil.Process().children(recursive=True))
+        batches = source()
+        next(batches)
+        rival = cls(batches, sorted(set(psutil.Process().children(recursive=True)) - before, key=hash), [], [])
+        rival._let(psutil.Process.suspend)
+        return rival
+
     def run(self, seconds: float) -> None:
-        time.sleep(seconds / 4)  # the one before fills its queues again
-        self._take(seconds / 3)
+        """A round. It begins untimed, until the queues are no longer full; its worker processes rest between rounds."""
+        self._let(psutil.Process.resume)
+        self._take(seconds / 2)
         cpu = cpu_seconds()
         images, passed = self._take(seconds)
         self.rates.append(images / passed)
         self.cpu_ms.append(1000 * (cpu_seconds() - cpu) / images)
+        self._let(psutil.Process.suspend)
+
+    def stop(self) -> None:
+        self._let(psutil.Process.resume)
+        self.batches.close()  # type: ignore[attr-defined]
+
+    def _let(self, act: Callable[[psutil.Process], None]) -> None:
+        for worker in self.workers:
+            act(worker)
 
     def _take(self, seconds: float) -> tuple[int, float]:
         begin, images = time.perf_counter(), 0
@@ -173,14 +193,12 @@ class Rival:
 
 def compete(sources: dict[str, Callable[[], Iterator[int]]], rounds: int, seconds: float) -> dict[str, Rival]:
     """Rounds in turns, forwards and backwards, so that a change of load meets all."""
-    rivals = {name: Rival(source(), [], []) for name, source in sources.items()}
-    for rival in rivals.values():
-        next(rival.batches)
+    rivals = {name: Rival.start(source) for name, source in sources.items()}
     for number in range(rounds):
         for name in list(rivals)[:: 1 if number % 2 == 0 else -1]:
             rivals[name].run(seconds)
     for rival in rivals.values():
-        rival.batches.close()  # type: ignore[attr-defined]
+        rival.stop()
     return rivals
 
 

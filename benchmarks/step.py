@@ -3,7 +3,7 @@
     python benchmarks/step.py --json step.json
 
 The images are in memory for both. "Loop" is `train_epoch` as a run calls it: network under DeepSpeed, cross-entropy and
-supervised contrastive loss over the pool of all workers, their mean over workers, the gradient's norm, seeding, logging.
+supervised contrastive loss over the pool of all workers, their mean over workers, the gradient's norm, seeding, log.
 "Bare" is PyTorch: the same network, the same two losses of the worker's own images, AdamW; no other process is asked.
 With two workers, one core each, "DDP" is "bare" with torch's DistributedDataParallel, which sends the gradients and
 nothing else. Rivals run in alternating rounds of a few steps; the shares are the middle of those within a round.
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
+from torch import multiprocessing
 from torch.nn.functional import cross_entropy
 
 from benchmarks.common import Times, quiet_time, record
@@ -170,7 +170,7 @@ def bare(rank: int, world: int, args: argparse.Namespace, distributed: bool = Fa
     model: Any = build_model(config.model, NUM_CLASSES, args.image_px)
     optimiser = torch.optim.AdamW(model.parameters(), lr=config.stage_one.optimiser.lr)
     if distributed:
-        model = torch.nn.parallel.DistributedDataParallel(model)
+        model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     temperature = config.stage_one.loss.temperature
 
     def steps() -> None:

@@ -94,10 +94,9 @@ class Decoder:
             self.close()
             raise DecodeError(_last_line(error)) from None
         # DALI does not write into these buffers as long as a tensor refers to them (its default executor).
-        views = [torch.from_dlpack(output.as_tensor()) for output in outputs]
+        images = torch.from_dlpack(outputs[0].as_tensor())
         self._pipeline.release_outputs()
         self._pending -= 1
-        images = views[0] if len(views) == 1 else torch.cat(views)
         return images.to(self.settings.device).permute(0, 3, 1, 2)
 
     def drain(self) -> None:
@@ -112,14 +111,14 @@ class Decoder:
         self._pending = 0
 
     def _feed(self, encoded: Sequence[np.ndarray], views: Sequence[ViewParameters]) -> None:
-        self._pipeline.feed_input("encoded", list(encoded))
-        for view, inputs in enumerate(self._inputs(views)):
-            for name, values in inputs.items():
-                self._pipeline.feed_input(f"{name}_{view}", values)
+        # Views beyond the first are cut from the same images: a dot is decoded in each one's place.
+        self._pipeline.feed_input("encoded", [*encoded, *[_DOT] * (len(encoded) * (len(views) - 1))])
+        for name, values in self._inputs(views).items():
+            self._pipeline.feed_input(name, values)
 
-    def _inputs(self, views: Sequence[ViewParameters]) -> list[dict[str, np.ndarray]]:
+    def _inputs(self, views: Sequence[ViewParameters]) -> dict[str, np.ndarray]:
         config = self.settings.augment
-        return [] if config is None else [graph_inputs(self.settings.image, config, view) for view in views]
+        return {} if config is None else graph_inputs(self.settings.image, config, views)
 
     def _build(self) -> None:
         dot = _dot_views(self.settings)
@@ -174,8 +173,8 @@ def find_damaged(
     return damaged
 
 
-def define_pipeline(settings: DecoderSettings, inputs: list[dict[str, np.ndarray]]) -> Any:
-    """The graph that `settings` ask for, to be fed with `encoded` and, for each view, arrays like `inputs`."""
+def define_pipeline(settings: DecoderSettings, inputs: dict[str, np.ndarray]) -> Any:
+    """The graph that `settings` ask for, to be fed with `encoded` and arrays like `inputs`."""
     from nvidia.dali import fn, pipeline_def, types
 
     kinds = {
@@ -187,8 +186,8 @@ def define_pipeline(settings: DecoderSettings, inputs: list[dict[str, np.ndarray
     device_id: Any = settings.device.index or 0 if mixed else None  # None: DALI's word for "no GPU"
 
     @pipeline_def(
-        enable_conditionals=any(has_conditions(arrays) for arrays in inputs),
-        batch_size=settings.batch_size,
+        enable_conditionals=has_conditions(inputs),
+        batch_size=settings.batch_size * settings.views,
         num_threads=settings.threads,
         device_id=device_id,
         seed=0,
@@ -198,14 +197,11 @@ def define_pipeline(settings: DecoderSettings, inputs: list[dict[str, np.ndarray
         encoded = fn.external_source(name="encoded", dtype=types.DALIDataType.UINT8, ndim=1)
         if settings.augment is None:
             return evaluation_graph(image, encoded, mixed, dtype)
-        nodes = [
-            {
-                name: fn.external_source(name=f"{name}_{view}", dtype=kinds[values.dtype.name], ndim=values.ndim - 1)
-                for name, values in arrays.items()
-            }
-            for view, arrays in enumerate(inputs)
-        ]
-        return tuple(training_graph(image, encoded, nodes, mixed, dtype))
+        nodes = {
+            name: fn.external_source(name=name, dtype=kinds[values.dtype.name], ndim=values.ndim - 1)
+            for name, values in inputs.items()
+        }
+        return training_graph(image, encoded, nodes, mixed, dtype)
 
     return graph()
 

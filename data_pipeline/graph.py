@@ -4,7 +4,8 @@ Training, each view:  crop -> resize to image_px, antialiased, and flips -> rota
                       -> saturation and hue -> contrast, brightness and normalisation -> cut-out.
 Evaluation:           short side to image_px * resize_ratio (antialiased) -> centre crop -> normalisation.
 
-- One view decodes no more than its crop window; two views are cut from one decoded image.
+- One view decodes no more than its crop window. Several are cut from one decoded image, and are then a batch of V * B
+  images as any other: one run of each operator, and nothing to put together at the end.
 - Rotation turns the crop about its centre; what comes in from outside repeats the border's pixels, no black corners.
 - RandAugment and the blur are done to the images that they are drawn for, the others pass by.
 - Saturation is Pillow's (`ImageEnhance.Color`), contrast is taken about mid-grey (128). These and brightness are done
@@ -30,7 +31,7 @@ import torch
 
 from data_pipeline.augment import ViewParameters
 from data_pipeline.config import AugmentConfig
-from data_pipeline.rand_augment import grey_graph, rand_augment_graph
+from data_pipeline.rand_augment_graph import grey_graph, rand_augment_graph
 
 MID_GREY = 128.0
 
@@ -53,8 +54,17 @@ class ImageSettings:
         return self.image_px + 2 * round(self.image_px * (self.resize_ratio - 1) / 2)
 
 
-def graph_inputs(image: ImageSettings, config: AugmentConfig, view: ViewParameters) -> dict[str, np.ndarray]:
-    """What the training graph takes of a view beside the encoded images: name -> [B, ...]."""
+def graph_inputs(image: ImageSettings, config: AugmentConfig, views: Sequence[ViewParameters]) -> dict[str, np.ndarray]:
+    """What the training graph takes beside the encoded images: name -> [V * B, ...], view-major."""
+    parts = [_view_inputs(image, config, view) for view in views]
+    if len(parts) == 1:
+        return parts[0]
+    inputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    inputs["row"] = np.tile(np.arange(len(views[0].anchor), dtype=np.int32), len(views))
+    return inputs
+
+
+def _view_inputs(image: ImageSettings, config: AugmentConfig, view: ViewParameters) -> dict[str, np.ndarray]:
     flips = np.stack([view.upside_down, view.mirror], axis=1)
     inputs: dict[str, np.ndarray] = {
         "anchor": view.anchor,
@@ -89,37 +99,32 @@ def has_conditions(inputs: dict[str, np.ndarray]) -> bool:
     return "blurred" in inputs or "operation_0" in inputs
 
 
-def training_graph(
-    image: ImageSettings, encoded: Any, views: Sequence[dict[str, Any]], mixed: bool, dtype: torch.dtype
-) -> list[Any]:
-    """The outputs of the views, [B, px, px, 3] each.
+def training_graph(image: ImageSettings, encoded: Any, inputs: dict[str, Any], mixed: bool, dtype: torch.dtype) -> Any:
+    """The output, [V * B, px, px, 3].
 
     Args:
         image: Size and normalisation.
-        encoded: The encoded images.
-        views: For each view the nodes of its `graph_inputs`, by name.
+        encoded: The encoded images; of several views the B images and then anything that can be decoded.
+        inputs: The nodes of `graph_inputs`, by name.
         mixed: Whether the GPU decodes.
-        dtype: Of the outputs.
+        dtype: Of the output.
     """
     from nvidia.dali import fn, types
 
-    device = "mixed" if mixed else "cpu"
-    whole = fn.decoders.image(encoded, device=device) if len(views) > 1 else None
-    outputs = []
-    for inputs in views:
-        if whole is None:
-            images = fn.decoders.image_slice(encoded, inputs["anchor"], inputs["shape"], axis_names="HW", device=device)
-        else:
-            images = fn.slice(whole, inputs["anchor"], inputs["shape"], axis_names="HW")
-        images = fn.resize(
-            images, size=inputs["size"], interp_type=types.DALIInterpType.INTERP_LINEAR, antialias=True
-        )  # a negative size flips
-        images = _colour(_bent(image, images, inputs), inputs)
-        images = _normalise(image, images, dtype, inputs)
-        if "hole_anchor" in inputs:
-            images = fn.erase(images, anchor=inputs["hole_anchor"], shape=inputs["hole_shape"], axis_names="HW")
-        outputs.append(images)
-    return outputs
+    device, window = "mixed" if mixed else "cpu", (inputs["anchor"], inputs["shape"])
+    images: Any
+    if "row" in inputs:
+        whole = fn.permute_batch(fn.decoders.image(encoded, device=device), indices=inputs["row"])
+        images = fn.slice(whole, *window, axis_names="HW")
+    else:
+        images = fn.decoders.image_slice(encoded, *window, axis_names="HW", device=device)
+    images = fn.resize(
+        images, size=inputs["size"], interp_type=types.DALIInterpType.INTERP_LINEAR, antialias=True
+    )  # a negative size flips
+    images = _normalise(image, _colour(_bent(image, images, inputs), inputs), dtype, inputs)
+    if "hole_anchor" in inputs:
+        images = fn.erase(images, anchor=inputs["hole_anchor"], shape=inputs["hole_shape"], axis_names="HW")
+    return images
 
 
 def evaluation_graph(image: ImageSettings, encoded: Any, mixed: bool, dtype: torch.dtype) -> Any:
@@ -142,7 +147,7 @@ def _bent(image: ImageSettings, images: Any, inputs: dict[str, Any]) -> Any:
     layer = 0
     while f"operation_{layer}" in inputs:
         operation, value, matrix = (inputs[f"{name}_{layer}"] for name in ("operation", "value", "matrix"))
-        images = rand_augment_graph(images, operation, value, matrix, fill=_grey(image))
+        images = rand_augment_graph(images, operation, value, matrix, image.image_px, _mean_levels(image))
         layer += 1
     if "blurred" in inputs:
         if inputs["blurred"]:  # noqa: SIM108 - DALI knows no conditional expressions
@@ -224,6 +229,5 @@ def _taps(config: AugmentConfig, sigma_px: np.ndarray) -> np.ndarray:
     return (weight / weight.sum(axis=1, keepdims=True)).astype(np.float32)[:, None]
 
 
-def _grey(image: ImageSettings) -> float:
-    """The grey level of the dataset's mean colour."""
-    return float(round(255 * sum(image.mean) / 3))
+def _mean_levels(image: ImageSettings) -> tuple[int, ...]:
+    return tuple(round(255 * number) for number in image.mean)

@@ -1,7 +1,7 @@
 """RandAugment (Cubuk et al. 2020, "RandAugment: Practical automated data augmentation with a reduced search space").
 
 The policy is named as in timm (Wightman 2019, "PyTorch Image Models", `timm.data.auto_augment`), e.g. `rand-m9-n2`,
-and every operation has timm's strength at every magnitude:
+and every operation has timm's strength at every magnitude (`rand_augment_graph.py` carries them out):
 
     mM      magnitude 0..10 (10)                nN      operations an image, 1..4 (2), drawn with replacement
     pP      chance of each to be done (0.5)     mstdS   magnitude ~ normal(M, S), cut to 0..10; over 100: uniform(0, M)
@@ -10,10 +10,11 @@ and every operation has timm's strength at every magnitude:
 All of timm's default operations are here: AutoContrast, Equalize, Invert, Rotate, Posterize, Solarize, SolarizeAdd,
 Color, Contrast, Brightness, Sharpness, ShearX, ShearY, TranslateXRel, TranslateYRel. What differs from timm and Pillow:
 
-- Rotate, Shear and Translate interpolate linearly (timm draws linear or cubic), and what comes in from outside is a
-  single grey, the mean of the dataset's colour (timm: 128, or that colour).
+- Rotate, Shear and Translate interpolate linearly (timm draws linear or cubic). What comes in from outside has the
+  dataset's mean colour, as in timm's training; at the seam it is interpolated too, where Pillow repeats half a pixel.
 - Intensities are rounded to 8 bits, where Pillow cuts off: at most one grey level. Equalize follows DALI's rule: at
   most a few. Sharpness filters the outermost pixels too, which Pillow leaves as they are.
+- Posterize keeps at least one bit: without any, timm's rule at the ends of its range, the image would be black.
 - Other sets of operations (`tNAME`) and magnitudes over 10 (`mmaxM`) are not known here.
 
 Legend: B samples, n operations an image.
@@ -23,8 +24,8 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -145,8 +146,8 @@ def rand_parameters(policy: RandPolicy, numbers: np.ndarray, image_px: int) -> R
         here = operation == number
         if not here.any():
             continue
-        if name in _WARPS:
-            matrix[here] = _WARPS[name](level[here] * sign[here], image_px)
+        if name in WARPS:
+            matrix[here] = WARPS[name](level[here] * sign[here], image_px)
         elif name in _VALUES:
             value[here] = _VALUES[name](level[here], sign[here], policy.increasing)
     return RandParameters(operation, value.astype(np.float32), matrix.astype(np.float32))
@@ -179,7 +180,7 @@ def _moved(level: np.ndarray, row: int, column: int, scale: float) -> np.ndarray
     return matrix
 
 
-_WARPS = {
+WARPS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
     "Rotate": _rotation,
     "ShearX": lambda level, px: _moved(level, 0, 1, 0.3),
     "ShearY": lambda level, px: _moved(level, 1, 0, 0.3),
@@ -194,7 +195,7 @@ def _enhancement(level: np.ndarray, sign: np.ndarray, increasing: bool) -> np.nd
 
 
 def _bits(level: np.ndarray, sign: np.ndarray, increasing: bool) -> np.ndarray:
-    """Bits that are kept, at least one: of none, which timm's rule asks for at its ends, the image would be black."""
+    """Bits that are kept."""
     bits = np.floor(4 * level)
     return np.maximum(1, 4 - bits if increasing else bits)
 
@@ -219,138 +220,3 @@ _VALUES = {
     "Brightness": _enhancement,
     "Sharpness": _enhancement,
 }
-
-
-# ---- the graph: `images` uint8 HWC on either device, `value` and `matrix` on the CPU -------------------------------
-
-
-def rand_augment_graph(images: Any, operation: Any, value: Any, matrix: Any, fill: float) -> Any:
-    """One layer in a DALI graph whose definition has conditionals; images that an operation skips cost it nothing.
-
-    Args:
-        images: uint8 HWC.
-        operation: int32, `RandParameters.operation` of the layer.
-        value: float32 of the layer.
-        matrix: float32 [2, 3] of the layer.
-        fill: Grey level of what a warp brings in from outside.
-    """
-    from nvidia.dali import fn
-
-    if operation == 0:
-        out = images
-    else:
-        warps = [1 + OPERATIONS.index(name) for name in _WARPS]
-        if (operation == warps[0]) | (operation >= warps[1]):
-            out = fn.warp_affine(images, matrix, inverse_map=True, fill_value=fill)
-        else:
-            out = _one_of(list(_GRAPHS), images, operation, value)
-    return out
-
-
-def _one_of(names: list[str], images: Any, operation: Any, value: Any) -> Any:
-    """The operation out of `names` (in the order of `OPERATIONS`) that each image asks for."""
-    if len(names) == 1:
-        out = _GRAPHS[names[0]](images, value)
-    else:
-        middle = len(names) // 2
-        if operation <= 1 + OPERATIONS.index(names[middle - 1]):
-            out = _one_of(names[:middle], images, operation, value)
-        else:
-            out = _one_of(names[middle:], images, operation, value)
-    return out
-
-
-def _auto_contrast(images: Any, value: Any) -> Any:
-    """Each channel stretched onto 0..255; a flat one stays."""
-    from nvidia.dali import fn, types
-
-    low = fn.cast(fn.reductions.min(images, axis_names="HW", keep_dims=True), dtype=types.DALIDataType.FLOAT)
-    high = fn.cast(fn.reductions.max(images, axis_names="HW", keep_dims=True), dtype=types.DALIDataType.FLOAT)
-    flat = high == low
-    scale = (255.0 - 254.0 * flat) / (high - low + flat)
-    return fn.cast((images - low * (high != low)) * scale, dtype=types.DALIDataType.UINT8)
-
-
-def _equalize(images: Any, value: Any) -> Any:
-    from nvidia.dali import fn
-
-    return fn.equalize(images)
-
-
-def _invert(images: Any, value: Any) -> Any:
-    from nvidia.dali import types
-
-    return images ^ types.Constant(255, dtype=types.DALIDataType.UINT8)
-
-
-def _posterize(images: Any, bits: Any) -> Any:
-    from nvidia.dali import fn, types
-
-    return images & fn.cast(256.0 - 2.0 ** (8.0 - bits), dtype=types.DALIDataType.UINT8)
-
-
-def _solarize(images: Any, threshold: Any) -> Any:
-    from nvidia.dali import types
-
-    return images ^ ((images >= threshold) * types.Constant(255, dtype=types.DALIDataType.UINT8))
-
-
-def _solarize_add(images: Any, amount: Any) -> Any:
-    from nvidia.dali import fn, types
-
-    return images + (images < 128) * fn.cast(amount, dtype=types.DALIDataType.UINT8)
-
-
-def _color(images: Any, factor: Any) -> Any:
-    return _blend(grey_graph(images), images, factor)
-
-
-def _contrast(images: Any, factor: Any) -> Any:
-    from nvidia.dali import fn
-
-    return _blend(fn.reductions.mean(grey_graph(images), keep_dims=True), images, factor)
-
-
-def _brightness(images: Any, factor: Any) -> Any:
-    from nvidia.dali import fn
-
-    return fn.brightness_contrast(images, brightness=factor)
-
-
-def _sharpness(images: Any, factor: Any) -> Any:
-    """Away from, or towards, the image smoothed by Pillow's 3 x 3 kernel."""
-    from nvidia.dali import fn, types
-
-    smooth = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], dtype=np.float32) / 13
-    centre = np.zeros((3, 3), dtype=np.float32)
-    centre[1, 1] = 1
-    kernel = types.Constant(smooth, device="cpu") + types.Constant(centre - smooth, device="cpu") * factor
-    return fn.filter(images, kernel, border="clamp")
-
-
-_GRAPHS = {
-    "AutoContrast": _auto_contrast,
-    "Equalize": _equalize,
-    "Invert": _invert,
-    "Posterize": _posterize,
-    "Solarize": _solarize,
-    "SolarizeAdd": _solarize_add,
-    "Color": _color,
-    "Contrast": _contrast,
-    "Brightness": _brightness,
-    "Sharpness": _sharpness,
-}
-
-
-def grey_graph(images: Any) -> Any:
-    """Luma by ITU-R BT.601 (.299 R + .587 G + .114 B), uint8 [H, W, 1]."""
-    from nvidia.dali import fn, types
-
-    return fn.color_space_conversion(images, image_type=types.DALIImageType.RGB, output_type=types.DALIImageType.GRAY)
-
-
-def _blend(first: Any, second: Any, factor: Any) -> Any:
-    """`first` for 0, `second` for 1, and on along the line; uint8, cut to its range."""
-    from nvidia.dali import fn, types
-
-    return fn.cast(first * (1.0 - factor) + second * factor, dtype=types.DALIDataType.UINT8)

@@ -1,7 +1,7 @@
 """Run a function on W real processes that talk through gloo on loopback.
 
-The processes are forked from a server that has imported torch and done nothing else: the first call in a test session
-costs that import, later ones a tenth of a second a process. (Forking pytest itself would copy its thread pools.)
+The processes are forked from a server that has imported torch and timm and done nothing else: the first call in a
+session costs that import, later ones a tenth of a second a process. (Forking pytest itself would copy its threads.)
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def run_gloo(function: Callable[..., Any], world: int, *args: Any) -> list[Any]:
     traceback, and the others, which may be waiting for it, are ended.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed", "numpy"])
+    context.set_forkserver_preload(["torch.distributed", "numpy", "timm"])
     with TemporaryDirectory(prefix="rarelens-gloo-") as folder:
         workers, results = {}, {}
         for rank in range(world):

@@ -9,19 +9,20 @@ import tarfile
 from collections.abc import Collection
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from PIL import Image
 
 from cluster.storage import open_storage
 from data_pipeline.config import DataConfig, SamplingConfig
 from data_pipeline.dataset import INDEX_SCHEMA, Dataset, Index, Shard, describe, open_dataset
-from data_pipeline.loader import TrainLoader
 from data_pipeline.shards import ShardReader
+
+if TYPE_CHECKING:
+    from data_pipeline.loader import TrainLoader
 
 
 @cache
@@ -147,6 +148,10 @@ def train_loader(
     **options: Any,
 ) -> TrainLoader:
     """A rank's loader on the CPU: 8 images a global batch, balanced and of seed 7 unless told otherwise."""
+    import torch  # here: processes that only read shards start faster without it
+
+    from data_pipeline.loader import TrainLoader
+
     settings = {"batch_size": 8, "seed": 7, "device": torch.device("cpu")} | options
     sampling = sampling or SamplingConfig(power=0.0)
     return TrainLoader(dataset, data, views=views, sampling=sampling, rank=rank, world=world, **settings)

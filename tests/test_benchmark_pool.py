@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import common, pool
+from benchmarks import common, pool, pool_gpu
 
 BOUNDED = {f"{name}_ratio_{loss}" for name in ("memory", "time", "products") for loss in ("supcon", "triplet")}
 
@@ -45,6 +45,30 @@ def test_every_figure_is_written(monkeypatch, tmp_path):
     assert {"machine", "cores", "date", "command", "versions"} <= figures.keys()
     assert "--anchors 32" in figures["command"] and figures["versions"]["torch"] == torch.__version__.split("+")[0]
     assert all(figures[name] > 0 for name in BOUNDED if not name.startswith("memory"))
+
+
+def test_figures_of_a_gpu(monkeypatch):
+    # The same code with the CPU in the GPU's place: what is measured there is only seen on one.
+    monkeypatch.setattr(pool_gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(pool_gpu, "RATE_SIZE", 64)
+    for name, result in (("memory_allocated", 5), ("max_memory_allocated", 12), ("get_device_name", "none")):
+        monkeypatch.setattr(torch.cuda, name, lambda result=result: result)
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        figures = pool_gpu.gpu_figures(16, 256, 8, rounds=2)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    for loss in pool.LOSSES:
+        for kind in ("bfloat16", "tf32"):
+            assert figures[f"gpu_extra_bytes_{loss}_{kind}"] == 7
+            expected = figures[f"gpu_seconds_{loss}_{kind}"] / figures[f"gpu_seconds_products_at_rate_{kind}"]
+            assert figures[f"gpu_time_ratio_{loss}_{kind}"] == pytest.approx(expected)
+    operations = 3 * 2 * 16 * 256 * 8
+    assert figures["gpu_seconds_products_at_rate_tf32"] == pytest.approx(
+        operations / (figures["gpu_matrix_tflops_tf32"] * 1e12)
+    )
 
 
 def test_memory_of_a_new_process():

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from cluster.errors import UserError
 from data_pipeline.augment import draw_views
 from data_pipeline.config import AugmentConfig, DataConfig, SamplingConfig
-from data_pipeline.decode import DecodeError, Decoder, find_damaged
+from data_pipeline.decode import DecodeError, Decoder, can_parse, find_damaged
 from data_pipeline.images import prepare_image
 from data_pipeline.loader import TrainLoader
 from data_pipeline.stream import TrainStream
@@ -117,19 +117,22 @@ def test_images_that_were_turned_by_exif_come_out_upright(orientation):
 
 def test_a_damaged_image_is_found_and_the_decoder_goes_on():
     broken = [*JPEGS]
-    broken[1], broken[4] = np.zeros(500, dtype=np.uint8), JPEGS[4][:40]
+    broken[1], broken[4] = JPEGS[1][: len(JPEGS[1]) // 2], JPEGS[4][:-9]
     decoder = Decoder(settings())
     decoder.submit(broken)
     decoder.submit(JPEGS)
     with pytest.raises(DecodeError):
         decoder.result()
     found = find_damaged(settings(), broken)
-    assert sorted(found) == [1, 4]
-    assert "no image format that is known" in found[1]
+    assert sorted(found) == [1, 4] and "truncated" in found[1]
     decoder.submit(JPEGS)
     assert torch.equal(decoder.result(), decode(settings(), JPEGS))
+    broken[4], broken[5] = np.zeros(500, dtype=np.uint8), JPEGS[5][:40]  # DALI must not be given these
+    assert [can_parse(data) for data in broken] == [True] * 4 + [False] * 2
+    whole = {"anchor": np.zeros((6, 2), np.int32), "shape": np.array(JPEG_SIZES, np.int32)[:, ::-1].copy()}
     for augment in (AugmentConfig(), EVERYTHING):
-        assert sorted(find_damaged(settings(augment), broken, [draw(augment, JPEG_SIZES)])) == [1, 4]
+        found = find_damaged(settings(augment), broken, [replace(draw(augment, JPEG_SIZES), **whole)])
+        assert sorted(found) == [1, 4, 5] and "no image format that is known" in found[4]
 
 
 def test_decoding_on_a_gpu_needs_one():

@@ -265,8 +265,8 @@ def test_half_precision():
 
 def test_only_what_has_an_effect_is_in_the_graph():
     made = draw(AugmentConfig(), [(PX, PX)])
-    assert set(graph_inputs(IMAGE, WHOLE, made)) == {"anchor", "shape", "size"}
-    assert set(graph_inputs(IMAGE, AugmentConfig(), made)) == {"anchor", "shape", "size", "saturation", "mean", "std"}
+    assert set(graph_inputs(IMAGE, WHOLE, [made])) == {"anchor", "shape", "size"}
+    assert set(graph_inputs(IMAGE, AugmentConfig(), [made])) == {"anchor", "shape", "size", "saturation", "mean", "std"}
 
 
 @pytest.mark.parametrize("hue", [0.0, 10.0])
@@ -285,8 +285,8 @@ def test_the_same_graph_is_one_for_a_gpu(hue, views):
     )
     for augment in (config, None):
         made = settings(augment, views=views, device=torch.device("cuda:0"))
-        inputs = [graph_inputs(IMAGE, config, draw(config, [(PX, PX)], view)) for view in range(views)]
-        pipeline = define_pipeline(made, inputs if augment else [])
+        inputs = graph_inputs(IMAGE, config, [draw(config, [(PX, PX)], view) for view in range(views)])
+        pipeline = define_pipeline(made, inputs if augment else {})
         pipeline._build_graph()
         operators = [instance._op for instance in pipeline._ops]
         found = {(getattr(op, "schema_name", type(op).__name__), op._device) for op in operators}

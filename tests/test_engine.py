@@ -297,8 +297,8 @@ def test_the_raw_section_is_merged_last():
         ({"ema_decay": 0.9, "zero_stage": 3}, "ema_decay = 0.9 needs the whole weights on every worker and zero_stage"),
         (
             {"optimiser": {"name": "lamb"}, "zero_stage": 2},
-            "optimiser.name = 'lamb' scales each layer by its own norm and zero_stage = 2 flattens the layers into one; "
-            "set zero_stage: 0",
+            "optimiser.name = 'lamb' scales each layer by its own norm and zero_stage = 2 flattens the layers into "
+            "one; set zero_stage: 0",
         ),
         (
             {"optimiser": {"name": "deepspeed"}},
@@ -322,7 +322,7 @@ def test_the_raw_section_is_merged_last():
         ),
         (
             {"optimiser": {"schedule": "multi_step"}},
-            "schedule = 'multi_step' and milestones_epochs = [] do not go together; milestones are what multi_step needs",
+            "schedule = 'multi_step' and milestones_epochs = [] do not go together; milestones are what multi_step",
         ),
     ],
 )

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from cluster.errors import UserError
 from trainer.config import ModelConfig
+from trainer.heads import parse_heads, save_heads
 from trainer.model import build_model
 
 SMALL = "test_resnet"  # timm's own tiny network: 0.4 million parameters, batch norm, F = 96
@@ -133,6 +134,45 @@ def test_weights_file_missing_damaged_or_pickled(tmp_path):
     torch.save({}, tmp_path / "net.pth")
     with pytest.raises(UserError, match=r"net\.pth' must be a \.safetensors file.*pickles are never loaded"):
         build_model(_config(weights=str(tmp_path / "net.pth")), 5, 32)
+
+
+def test_a_cosine_classifier_gives_scaled_cosines_in_float32():
+    model = build_model(_config(cosine_scale=20.0), 5, 32).eval()
+    images = _images()
+    out = model(images)
+    expected = 20 * torch.cosine_similarity(out.features[:, None], model.classifier.weight[None], dim=2)
+    torch.testing.assert_close(out.logits, expected)
+    assert not any(name == "classifier.bias" for name in model.state_dict())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = model(images)
+    assert low.features.dtype == torch.bfloat16 and low.logits.dtype == torch.float32
+    # The features are rounded, the cosines are not.
+    exact = 20 * torch.cosine_similarity(low.features.float()[:, None], model.classifier.weight[None], dim=2)
+    torch.testing.assert_close(low.logits, exact)
+
+
+@pytest.mark.parametrize("cosine_scale", [None, 16.0])
+def test_the_own_head_is_the_classifier(cosine_scale, tmp_path):
+    model = build_model(_config(cosine_scale=cosine_scale), 5, 32).eval()
+    out = model(_images())
+    head = model.own_head()
+    torch.testing.assert_close(head.logits(out.features), out.logits)
+    assert head.normalise is (cosine_scale is not None)
+    # It survives being saved as one of the heads, as stage two does.
+    again = parse_heads(save_heads({"own": head}))[0]["own"]
+    torch.testing.assert_close(again.logits(out.features), out.logits)
+
+
+def test_activations_that_cannot_be_recomputed():
+    with pytest.raises(UserError, match=r"^model.checkpoint_activations: timm's 'vgg11' cannot recompute its activ"):
+        build_model(_config(backbone="vgg11", checkpoint_activations=True), 5, 64)
+
+
+def test_autocast_chooses_the_images_dtype():
+    model = build_model(_config(), 3, 32).eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low, full = model(_images().bfloat16()), model(_images())
+    torch.testing.assert_close(low.logits, full.logits, rtol=0.05, atol=0.05)
 
 
 def test_unknown_backbone_names_the_nearest():

@@ -165,13 +165,8 @@ def test_mixed_groups_are_counted_by_patient(tmp_path):
 def test_a_packed_dataset_is_a_source_too(tmp_path):
     first = table_source(tmp_path / "raw", {"a": 12, "b": 9, "c": 6})
     dataset = pack(first, DataConfig(), str(tmp_path / "d"), seed=0, progress=False)
-    again = pack(
-        SourceConfig(path=str(tmp_path / "d"), group_column="group"),
-        DataConfig(),
-        str(tmp_path / "e"),
-        seed=0,
-        progress=False,
-    )
+    second = SourceConfig(path=str(tmp_path / "d"), group_column="group")
+    again = pack(second, DataConfig(), str(tmp_path / "e"), seed=0, progress=False)
     assert again.classes == dataset.classes and again.made["given_splits"] == ["train", "val", "test"]
     for split in ("train", "val", "test"):
         one, other = dataset.index(split), again.index(split)

@@ -1,25 +1,27 @@
-"""The blockwise kernel against the dense computation, for any block size, and its memory."""
+"""The blockwise functions: log-sum-exp against the dense computation, and what all of them keep to."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 from torch.nn import functional
 
 from benchmarks.common import allocator_extra_bytes
-from trainer import pairwise_contrastive
+from tests.pairs import EACH_BLOCK, LABELS, NUM_ROWS, cut_pool, pool_of, random_rows, with_gradients
+from trainer import pairwise_blocks, pairwise_contrastive
 from trainer.losses.base import Pool
 from trainer.losses.batch_hard_triplet import batch_hard_triplet
 from trainer.losses.supervised_contrastive import supervised_contrastive
-from trainer.pairwise import hardest_rows, pool_logsumexp, positive_similarity
-
-NUM_ANCHORS, NUM_ROWS, FIRST = 7, 23, 5
-# One row, sizes that do not divide 23, the whole pool in one block; in float64.
-BLOCK_BYTES = [8 * NUM_ANCHORS * rows for rows in (1, 4, 5, 22, 23, 100)]
-
-
-def random_rows(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+from trainer.pairwise import (
+    all_triplet_sums,
+    hardest_rows,
+    multi_similarity_sums,
+    pool_logsumexp,
+    positive_similarity,
+    semi_hard_rows,
+)
 
 
 def dense_logsumexp(anchors, pool, temperature, first):
@@ -29,20 +31,14 @@ def dense_logsumexp(anchors, pool, temperature, first):
     return similarity.masked_fill(own, -torch.inf).logsumexp(1)
 
 
-def with_gradients(function, anchors, pool, weights):
-    anchors, pool = anchors.detach().clone().requires_grad_(), pool.detach().clone().requires_grad_()
-    out = function(anchors, pool)
-    return out.detach(), *torch.autograd.grad(out, (anchors, pool), weights.to(out.dtype))
-
-
 # Largest similarity / T about 3 (no shift), 40 (shift) and 40,000 (only right with the running maximum).
 @pytest.mark.parametrize("temperature", [1.0, 0.02, 2e-5])
-@pytest.mark.parametrize("block_bytes", BLOCK_BYTES)
+@pytest.mark.parametrize("block_bytes", [8 * 7 * rows for rows in (1, 4, 5, 22, 23, 100)])
 def test_logsumexp_equals_the_dense_one_for_any_block(temperature, block_bytes):
-    anchors, pool = (functional.normalize(random_rows(n, 4, seed=n)) for n in (NUM_ANCHORS, NUM_ROWS))
-    weights = random_rows(NUM_ANCHORS, seed=1)
-    ours = with_gradients(lambda a, p: pool_logsumexp(a, p, temperature, FIRST, block_bytes), anchors, pool, weights)
-    dense = with_gradients(lambda a, p: dense_logsumexp(a, p, temperature, FIRST), anchors, pool, weights)
+    anchors, pool = (functional.normalize(random_rows(n, 4, seed=n)) for n in (7, NUM_ROWS))
+    weights = random_rows(7, seed=1)
+    ours = with_gradients(lambda a, p: pool_logsumexp(a, p, temperature, 5, block_bytes), anchors, pool, weights)
+    dense = with_gradients(lambda a, p: dense_logsumexp(a, p, temperature, 5), anchors, pool, weights)
     for x, y in zip(ours, dense, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10 * float(y.abs().max()))
 
@@ -79,45 +75,118 @@ def test_anchor_alone_in_the_pool_has_no_sum_and_no_gradient():
 
 
 def test_positive_similarity_equals_the_masked_sum():
-    anchors, pool = random_rows(NUM_ANCHORS, 4), random_rows(NUM_ROWS, 4, seed=1)
+    anchors, pool = random_rows(7, 4), random_rows(NUM_ROWS, 4, seed=1)
     labels = torch.arange(NUM_ROWS) ** 2 % 11
-    own = labels[FIRST : FIRST + NUM_ANCHORS]
+    own = labels[5:12]
     mask = own[:, None] == labels[None]
-    mask[range(NUM_ANCHORS), range(FIRST, FIRST + NUM_ANCHORS)] = False
-    weights = random_rows(NUM_ANCHORS, seed=1)
-    ours = with_gradients(lambda a, p: positive_similarity(a, own, p, labels, FIRST)[0], anchors, pool, weights)
+    mask[range(7), range(5, 12)] = False
+    weights = random_rows(7, seed=1)
+    ours = with_gradients(lambda a, p: positive_similarity(a, own, p, labels, 5)[0], anchors, pool, weights)
     dense = with_gradients(lambda a, p: (a @ p.T * mask).sum(1), anchors, pool, weights)
     for x, y in zip(ours, dense, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
-    assert positive_similarity(anchors, own, pool, labels, FIRST)[1].tolist() == mask.sum(1).tolist()
+    assert positive_similarity(anchors, own, pool, labels, 5)[1].tolist() == mask.sum(1).tolist()
 
 
-@pytest.mark.parametrize("block_bytes", BLOCK_BYTES)
-def test_hardest_rows_equal_the_dense_ones_for_any_block(block_bytes):
-    pool = random_rows(NUM_ROWS, 4)
-    labels = torch.arange(NUM_ROWS) ** 2 % 11  # row 5 + 0 has class 3, ..., some classes have one row only
-    anchors, own = pool[FIRST : FIRST + NUM_ANCHORS], labels[FIRST : FIRST + NUM_ANCHORS]
-    positive, negative = hardest_rows(anchors, own, pool, labels, FIRST, block_bytes)
-    for i in range(NUM_ANCHORS):
-        distances = [float((anchors[i] - row).square().sum()) for row in pool]
-        positives = [j for j in range(NUM_ROWS) if labels[j] == own[i] and j != FIRST + i]
-        negatives = [j for j in range(NUM_ROWS) if labels[j] != own[i]]
-        assert positive[i] == (max(positives, key=distances.__getitem__) if positives else -1)
-        assert negative[i] == min(negatives, key=distances.__getitem__)
+@EACH_BLOCK
+@pytest.mark.parametrize("temperature", [1.0, 0.02])
+def test_row_bias_equals_the_dense_sum(temperature, block, monkeypatch):
+    cut_pool(monkeypatch, block)
+    pool, bias = pool_of(), random_rows(NUM_ROWS, seed=9)
+    bias[[2, 13]] = -torch.inf  # left out
+    weights = random_rows(7, seed=1)
+
+    def dense(a, p):
+        similarity = a @ p.T / temperature + bias
+        similarity[range(7), range(5, 12)] = -torch.inf
+        return similarity.logsumexp(1)
+
+    ours = with_gradients(lambda a, p: pool_logsumexp(a, p, temperature, 5, row_bias=bias), pool[5:12], pool, weights)
+    for x, y in zip(ours, with_gradients(dense, pool[5:12], pool, weights), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
 
 
-def test_hardest_rows_of_collapsed_embeddings_far_from_the_origin():
-    # All rows within 0.01 of one point at distance 1,000: |p|^2 - 2ap alone would have lost every digit in float32.
-    pool = (1000 + 0.01 * random_rows(200, 4)).float()
-    labels = torch.arange(200) % 5
-    positive, negative = hardest_rows(pool, labels, pool, labels, 0)
-    distances = torch.cdist(pool.double(), pool.double(), compute_mode="donot_use_mm_for_euclid_dist")
-    same = labels[:, None] == labels[None]
-    found = distances[torch.arange(200), positive]
-    assert same[torch.arange(200), positive].all() and not same[torch.arange(200), negative].any()
-    torch.testing.assert_close(found, distances.masked_fill(~same, -1).amax(1), rtol=1e-4, atol=0)
-    found = distances[torch.arange(200), negative]
-    torch.testing.assert_close(found, distances.masked_fill(same, torch.inf).amin(1), rtol=1e-4, atol=1e-5)
+def test_class_averaged_denominator():
+    # log sum_c 1/n_c sum_{a in c, a != i} exp(s_ia / T), the denominator of balanced contrastive learning.
+    pool, counts = pool_of(), torch.bincount(LABELS)
+    ours = pool_logsumexp(pool[5:12], pool, 0.1, 5, row_bias=-counts[LABELS].double().log())
+    for i in range(7):
+        means = sum(
+            math.exp(float(pool[5 + i] @ pool[j]) / 0.1) / int(counts[LABELS[j]]) for j in range(23) if j != 5 + i
+        )
+        assert float(ours[i]) == pytest.approx(math.log(means), rel=1e-10)
+
+
+def test_a_bias_for_each_row():
+    with pytest.raises(ValueError, match=r"row_bias has shape \(22,\): the pool's 23 rows need one number each"):
+        pool_logsumexp(pool_of()[:2], pool_of(), 0.1, 0, row_bias=torch.zeros(22))
+
+
+def test_sums_pass_gradcheck():
+    pool, labels = random_rows(9, 3), torch.tensor([0, 1, 2, 0, 1, 0, 2, 1, 0])
+    anchors, own = pool[2:6].clone().requires_grad_(), labels[2:6]
+    bias = random_rows(9, seed=5).requires_grad_()
+    pool.requires_grad_()
+    functions = [
+        lambda a, p: all_triplet_sums(a, own, p, labels, 2, 0.3)[0],
+        lambda a, p: multi_similarity_sums(a, own, p, labels, 2, (2.0, 5.0), 0.5, 0.4)[:2],
+    ]
+    for function in functions:
+        assert torch.autograd.gradcheck(function, (anchors, pool))
+        assert torch.autograd.gradcheck(lambda p, f=function: f(anchors.detach(), p), (pool,))
+        assert torch.autograd.gradcheck(lambda a, f=function: f(a, pool.detach()), (anchors,))
+    for temperature in (0.5, 0.01):  # without and with a running maximum
+        assert torch.autograd.gradcheck(
+            lambda a, p, b, t=temperature: t * pool_logsumexp(a, p, t, 2, 64, b), (anchors, pool, bias)
+        )
+
+
+def test_nan_reaches_every_sum():
+    pool = pool_of()
+    pool[20] = torch.nan
+    clean = LABELS[20] != LABELS  # anchors for which row 20 is a negative
+    assert pool_logsumexp(pool, pool, 0.1, 0).isnan().all()
+    assert all_triplet_sums(pool, LABELS, pool, LABELS, 0, 0.2)[0].isnan().all()
+    assert multi_similarity_sums(pool, LABELS, pool, LABELS, 0, (2.0, 50.0), 0.5, 0.1)[1][clean].isnan().all()
+
+
+@pytest.mark.parametrize("block_rows", [1, 10])
+def test_one_anchor_for_no_gradient_to_the_pool(block_rows, monkeypatch):
+    """Memory rows carry no gradient; the anchors' part must be the same with and without the pool's."""
+    monkeypatch.setitem(pairwise_blocks.BLOCK_BYTES, "cpu", 8 * 7 * block_rows)
+    pool = pool_of()
+    for function in (
+        lambda a, p: all_triplet_sums(a, LABELS[5:12], p, LABELS, 5, 0.2)[0],
+        lambda a, p: multi_similarity_sums(a, LABELS[5:12], p, LABELS, 5, (2.0, 50.0), 0.5, 0.1)[1],
+        lambda a, p: pool_logsumexp(a, p, 0.1, 5),
+    ):
+        both = with_gradients(function, pool[5:12], pool, torch.ones(7))
+        anchors = pool[5:12].clone().requires_grad_()
+        alone = torch.autograd.grad(function(anchors, pool).sum(), anchors)[0]
+        torch.testing.assert_close(alone, both[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("anchors", "first", "message"),
+    [
+        (torch.zeros(2, 4), 0, "anchors are torch.float32 but the pool is torch.float64: both must have one dtype"),
+        (torch.zeros(2, 4, dtype=torch.float64, device="meta"), 0, "anchors are on meta but the pool is on cpu"),
+        (torch.zeros(2, 3, dtype=torch.float64), 0, "anchors have 3 columns but the pool has 4"),
+        (torch.zeros(2, 4, dtype=torch.float64), 22, "first = 22 with 2 anchors reaches out of a pool of 23 rows"),
+        (torch.zeros(2, 4, dtype=torch.float64), -1, "first = -1 with 2 anchors reaches out of a pool of 23 rows"),
+    ],
+)
+def test_anchors_must_be_rows_of_the_pool(anchors, first, message):
+    labels = torch.zeros(2, dtype=torch.int64)
+    for function in (
+        lambda: pool_logsumexp(anchors, pool_of(), 0.1, first),
+        lambda: hardest_rows(anchors, labels, pool_of(), LABELS, first),
+        lambda: semi_hard_rows(anchors, labels, pool_of(), LABELS, labels, first),
+        lambda: multi_similarity_sums(anchors, labels, pool_of(), LABELS, first, (2.0, 50.0), 0.5, 0.1),
+        lambda: all_triplet_sums(anchors, labels, pool_of(), LABELS, first, 0.2),
+    ):
+        with pytest.raises(ValueError, match=message):
+            function()
 
 
 @pytest.mark.parametrize(("loss", "setting"), [(supervised_contrastive, 0.1), (batch_hard_triplet, 0.2)])

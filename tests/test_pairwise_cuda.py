@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from tests.test_pairwise import random_rows, with_gradients
+from tests.pairs import random_rows, with_gradients
 from trainer import pairwise_blocks, pairwise_choice
 from trainer.pairwise import (
     all_triplet_sums,
@@ -59,6 +59,9 @@ def test_the_cpu_and_types_without_kernels_take_pytorch(monkeypatch):
     monkeypatch.setattr(pairwise_choice, "is_faster", fail)
     pool = random_rows(8, 4, dtype=torch.float32)
     assert not pairwise_choice.use_triton("x", pool, pool, fail, fail)
+    with monkeypatch.context() as patch:  # a rank without a sample
+        patch.setattr(pairwise_choice, "is_supported", lambda pool: True)
+        assert not pairwise_choice.use_triton("x", pool[:0], pool, fail, fail)
     for other in (torch.empty(8, 4, dtype=torch.float64), torch.empty(8, 4, dtype=torch.float16), torch.empty(8, 257)):
         monkeypatch.setattr(torch.Tensor, "is_cuda", True)
         assert not pairwise_choice.is_supported(other)
@@ -83,10 +86,21 @@ def test_the_faster_path_is_taken_and_remembered(monkeypatch):
     assert pairwise_choice.use_triton("f", anchors, pool, slow, quick)
     assert not pairwise_choice.use_triton("g", anchors, pool, quick, slow)
     assert ("quick", True) in calls and anchors.grad is None  # gradients are part of the timing, and stay in it
+    assert [path.rsplit(": ")[1] for path in pairwise_choice.chosen_paths()] == ["Triton", "PyTorch"]
     del calls[:]
     assert pairwise_choice.use_triton("f", anchors, random_rows(15, 3), slow, quick)
     assert not calls  # about the same size: not timed again
     assert pairwise_choice.use_triton("f", anchors, random_rows(16, 3), slow, quick) and calls
+
+
+def test_tf32_is_the_users_choice():
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for choice in ("ieee", "tf32"):
+            torch.backends.cuda.matmul.fp32_precision = choice
+            assert pairwise_choice.tf32_allowed() == (choice == "tf32")
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def test_kernels_that_fail_are_warned_of(monkeypatch):

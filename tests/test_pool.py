@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from functools import cache
 
 import pytest
@@ -16,11 +15,9 @@ from tests.losses import CLASSIFICATION_CASES, COSINE_SCALE, COUNTS, DIM, LABELS
 from trainer.config import MemoryConfig
 from trainer.loss_config import CLASSIFICATION_LOSS_NAMES, METRIC_LOSS_NAMES
 from trainer.losses import build_classification_loss
-from trainer.losses.base import LossSum
 from trainer.memory import CrossBatchMemory
 from trainer.model import CosineLinear
-from trainer.pool import Pool, gather_order, gather_pool, global_mean
-from trainer.pool_size import available_bytes, check_pool_fits
+from trainer.pool import Pool, gather_pool, global_mean
 
 IN_DIM = 5
 CASES = [*METRIC_CASES, *CLASSIFICATION_CASES]
@@ -163,7 +160,7 @@ def test_ranks_give_the_gradient_of_one_process(world, name):
 
 @pytest.mark.parametrize("name", METRIC_CASES)
 def test_the_memory_takes_part(name):
-    module = TinyModel(name).metric_loss
+    module = build(METRIC_CASES[name][0])
     torch.manual_seed(0)
     rows = nn.functional.normalize(torch.randn(20, DIM, dtype=torch.float64), dim=1)
     alone = Pool(rows[:12], LABELS, 0)
@@ -200,47 +197,11 @@ def test_wrong_ways_to_gather_or_to_average_differ():
         assert largest_error({"network": result["network"]}, {"network": expected["network"]}) > 1e-3, case
 
 
-def gather_rows(rank, world, sizes, dtype):
-    begin = sum(sizes[:rank])
-    rows = torch.arange(begin, begin + sizes[rank], dtype=dtype)[:, None].repeat(1, 2).requires_grad_()
-    pool = gather_pool(rows, torch.arange(begin, begin + sizes[rank]) * 10)
-    # Rank r's loss gives pool row j the gradient (r + 1) * j: own rows must receive the sum over ranks.
-    (pool.embeddings * torch.arange(sum(sizes))[:, None] * (rank + 1)).sum().backward()
-    return pool.embeddings.detach(), pool.labels, pool.first, rows.grad
-
-
-@pytest.mark.parametrize("sizes", [(2, 2), (3, 1, 0)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_pool_is_in_rank_order_and_its_gradient_is_summed_over_ranks(sizes, dtype):
-    results = run_gloo(gather_rows, len(sizes), sizes, dtype)
-    begin = 0
-    for (rows, labels, first, grad), size in zip(results, sizes, strict=True):
-        assert rows.dtype == dtype
-        assert rows[:, 0].tolist() == list(range(sum(sizes)))
-        assert labels.tolist() == [10 * i for i in range(sum(sizes))]
-        assert first == begin
-        ranks_sum = sum(range(1, len(sizes) + 1))
-        assert grad[:, 1].tolist() == [ranks_sum * j for j in range(begin, begin + size)]
-        begin += size
-
-
-def bf16_sum(rank, world):
-    rows = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
-    pool = gather_pool(rows, torch.zeros(1, dtype=torch.int64))
-    # 256 + 1 + 1: bf16 has 8 bits, so 256 + 1 rounds back to 256 when the sum is made in bf16.
-    (pool.embeddings * (256.0 if rank == 0 else 1.0)).sum().backward()
-    return float(rows.grad)
-
-
-def test_bf16_gradients_are_summed_over_ranks_in_float32():
-    assert run_gloo(bf16_sum, 3) == [258.0] * 3
-
-
 def nothing_valid(rank, world):
     """All labels differ: no anchor has a positive, unless the loss brings one along."""
     results = {}
     for name in METRIC_CASES:
-        module = TinyModel(name).metric_loss
+        module = build(METRIC_CASES[name][0])
         rows = nn.functional.normalize(torch.randn(2, DIM, dtype=torch.float64), dim=1).requires_grad_()
         labels = torch.tensor([2 * rank, 2 * rank + 1])
         loss = module(rows, labels, gather_pool(rows, labels), METRIC_CASES[name][1])
@@ -257,86 +218,3 @@ def test_loss_without_any_valid_anchor_is_zero_with_a_graph():
             _, total, grad = results[name]
             assert total == 0, name
             assert torch.equal(grad, torch.zeros(2, DIM, dtype=torch.float64)), name
-
-
-def ordered(rank, world, cut):
-    keys = torch.arange(100, 112).split(cut[0])[rank] if cut[1] == "blocks" else torch.arange(100, 112)[rank::world]
-    pool = gather_pool(keys[:, None].double(), keys)
-    return pool.labels.index_select(0, gather_order(keys)).tolist()
-
-
-@pytest.mark.parametrize("cut", [((5, 0, 7), "blocks"), ((), "strided")])
-def test_order_of_the_pool_does_not_depend_on_how_ranks_share_the_batch(cut):
-    assert run_gloo(ordered, 3, cut) == [list(range(100, 112))] * 3
-    assert ordered(0, 1, ((12,), "blocks")) == list(range(100, 112))
-
-
-def misfits(rank, world):
-    """What two ranks that disagree are told, and that they are both told it."""
-    told = []
-    for rows, labels in (
-        (torch.zeros(2, 3 + rank), torch.zeros(2, dtype=torch.int64)),
-        (torch.zeros(2, 3, dtype=torch.bfloat16 if rank else torch.float32), torch.zeros(2, dtype=torch.int64)),
-        (torch.zeros(2, 3), torch.zeros(2 + rank, dtype=torch.int64)),
-    ):
-        with pytest.raises(ValueError, match="rank 1") as error:
-            gather_pool(rows, labels)
-        told.append(str(error.value))
-    return told
-
-
-def test_ranks_whose_embeddings_do_not_fit_together_are_all_told():
-    same = "; every rank must run the same model in the same precision"
-    expected = [
-        f"rank 1 has embeddings of 4 x torch.float32 and rank 0 of 3 x torch.float32{same}",
-        f"rank 1 has embeddings of 3 x torch.bfloat16 and rank 0 of 3 x torch.float32{same}",
-        "rank 1 has 2 embeddings and 3 labels; each embedding needs one label",
-    ]
-    assert run_gloo(misfits, 2) == [expected] * 2
-
-
-def test_one_process_needs_no_process_group():
-    rows, labels = torch.randn(3, 2, requires_grad=True), torch.tensor([0, 1, 0])
-    pool = gather_pool(rows, labels)
-    assert pool.embeddings is rows and pool.labels is labels and pool.first == 0
-    total = rows.sum()
-    assert float(global_mean(LossSum(total, 4, labels[:0])).detach()) == pytest.approx(float(total.detach()) / 4)
-    with pytest.raises(ValueError, match="rank 0 has 3 embeddings and 2 labels"):
-        gather_pool(rows, labels[:2])
-
-
-def test_a_pool_larger_than_memory_is_refused_before_it_is_allocated():
-    check_pool_fits(1000, 128, torch.float32, "cpu")
-    rows = 2**40
-    with pytest.raises(ValueError) as error:
-        check_pool_fits(rows, 128, torch.float32, "cpu")
-    assert f"a pool of {rows:,} rows x 128 needs 1,572,864.0 GiB of cpu memory and " in str(error.value)
-    assert str(error.value).endswith(" GiB are free; lower stage_one.memory.rows or stage_one.batch_size")
-
-
-def test_free_memory_is_the_kernels_or_what_the_containers_limit_leaves(tmp_path):
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc/meminfo").write_text("MemTotal: 900 kB\nMemAvailable:   500 kB\n")
-    assert available_bytes("cpu", tmp_path) == 500 * 1024
-    group = tmp_path / "sys/fs/cgroup"
-    group.mkdir(parents=True)
-    (group / "memory.max").write_text("max\n")
-    assert available_bytes("cpu", tmp_path) == 500 * 1024
-    (group / "memory.max").write_text("300000\n")
-    (group / "memory.current").write_text("100000\n")
-    assert available_bytes("cpu", tmp_path) == 200_000
-
-
-def failing(rank, world, dies):
-    if rank == 1:
-        if dies:
-            os._exit(1)
-        raise KeyError("the reason")
-    dist.barrier()
-
-
-def test_a_failing_rank_fails_the_call_with_its_traceback():
-    with pytest.raises(AssertionError, match=r"rank 1 failed:\n(.|\n)*KeyError: 'the reason'"):
-        run_gloo(failing, 2, False)
-    with pytest.raises(AssertionError, match=r"rank 1 failed:\nit died without a word"):
-        run_gloo(failing, 2, True)

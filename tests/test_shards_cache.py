@@ -35,14 +35,21 @@ def cached(config):
     return sorted(path.name for path in cache_folder(config).rglob("*.tar"))
 
 
-def cached_bytes(config):
-    """What lies on the disk at this moment; files and folders may vanish meanwhile."""
-    found = 0
+def files_of(config):
+    """Path and inode -> bytes of what is or will be in the cache; files and folders may vanish meanwhile."""
+    found = {}
     for folder, _, names in os.walk(cache_folder(config)):
         for name in names:
             with suppress(FileNotFoundError):
-                found += os.stat(os.path.join(folder, name)).st_size if name != "room" else 0
+                stat = os.stat(os.path.join(folder, name))
+                found[folder, name, stat.st_ino] = 0 if name == "room" else stat.st_size
     return found
+
+
+def cached_bytes(config):
+    """What surely lay on the disk at one moment: the files that a first and a second look have both found."""
+    first, second = files_of(config), files_of(config)
+    return sum(min(first[file], second[file]) for file in first.keys() & second.keys())
 
 
 def fill(dataset, config):
@@ -105,7 +112,7 @@ def run_workers(dataset, config, log, orders, watch=lambda: None):
         worker.start()
     while any(worker.is_alive() for worker in workers):
         watch()
-        time.sleep(0.002)
+        time.sleep(0.01)
     assert [worker.exitcode for worker in workers] == [0] * len(orders)
     return log.read_text().split()
 

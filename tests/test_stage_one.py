@@ -2,22 +2,18 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
-import torch
 
 import trainer.stage_one
 from cluster.errors import UserError
-from cluster.launch import Worker
 from cluster.run import RunFolder
 from data_pipeline.pack import pack
 from data_pipeline.synthetic import draw_synthetic
-from tests.gloo import run_gloo
 from tests.tiny import tiny_config
-from trainer.config import StageOneConfig
-from trainer.stage_one import StepLog, train_stage_one
+from trainer.engine import deepspeed_settings
+from trainer.stage_one import train_stage_one
 
 GOLDEN = Path(__file__).parent / "golden" / "stage_one.json"
 # Batch norm uses each rank's own images; on running statistics the number of workers makes no difference.
@@ -103,28 +99,52 @@ def test_what_is_done_is_not_done_again(unbroken, images, monkeypatch):
     assert train_stage_one(config, None, run) == result  # type: ignore[arg-type]
 
 
-def log_a_diverged_step(rank, world):
-    worker = Worker(rank, world, "cpu", _mailbox=None)
-    loader = SimpleNamespace(wait_s=0.0)
-    log = StepLog(worker, loader, StageOneConfig(log_every_steps=1))
-    bad = torch.tensor([float("nan") if rank == 1 else 2.0, 8.0])  # on one rank only
-    with pytest.raises(
-        UserError, match=r"the loss is nan at step 7 \(epoch 2\): .* lower stage_one.optimiser.lr = 0.001"
-    ):
-        log.step(7, 2, 1e-3, 8, {"cross_entropy": bad})
-    return True
+def test_a_step_is_logged_with_what_it_cost_and_what_the_pool_held(unbroken):
+    _, lines, _ = unbroken
+    for line in lines:
+        assert line.keys() >= {
+            "loss", "cross_entropy", "metric_loss", "metric_weight", "lr", "grad_norm", "images_per_s", "step_s",
+            "wait_share", "peak_memory_mib", "pool_rows", "positives_per_anchor", "anchors_without_term_by_class",
+        }  # fmt: skip
+        assert line["loss"] == pytest.approx(line["cross_entropy"] + line["metric_loss"])
+        assert line["images_per_s"] == pytest.approx(16 / line["step_s"])
+        assert 0 <= line["wait_share"] <= 1 and line["peak_memory_mib"] > 50 and line["grad_norm"] > 0
+        # Two views of 16 images: each has at least its own other view as a positive.
+        assert line["pool_rows"] == 32 and line["positives_per_anchor"] >= 1
+        assert line["anchors_without_term"] == 0 and line["anchors_without_term_by_class"] == {}
 
 
-def test_every_rank_stops_when_the_loss_of_one_is_not_finite():
-    assert run_gloo(log_a_diverged_step, 2) == [True, True]
+def test_tensorboard_shows_the_same_figures(unbroken):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _, lines, run = unbroken
+    events = EventAccumulator(str(run.work / "tensorboard" / "stage_one"))
+    events.Reload()
+    for name in ("loss", "grad_norm", "images_per_s", "pool_rows", "peak_memory_mib", "lr"):
+        shown = {event.step: event.value for event in events.Scalars(f"step/{name}")}
+        assert shown == pytest.approx({line["step"]: line[name] for line in lines}, rel=1e-6), name
+    assert len(events.Scalars("epoch/balanced_accuracy")) == 2
 
 
-@pytest.mark.parametrize("zero_stage, precision", [(2, "bf16")])
-def test_zero_and_bf16_train(train, zero_stage, precision):
-    result, lines, _ = train(
-        f"zero{zero_stage}", stage_one={"epochs": 1, "batch_size": 16, "zero_stage": zero_stage, "precision": precision}
-    )
+def test_what_deepspeed_was_given_lies_in_the_run_folder(unbroken):
+    _, _, run = unbroken
+    stage = tiny_config(Path("images"), run.uri).stage_one
+    assert run.read_json("stage_one/deepspeed.json") == deepspeed_settings(stage, world=2)
+
+
+def test_zero_3_and_bf16_train(train):
+    raw = {"zero_optimization": {"overlap_comm": False}}
+    stage = {
+        "epochs": 1,
+        "batch_size": 16,
+        "zero_stage": 3,
+        "precision": "bf16",
+        "deepspeed": raw,
+        "log_every_steps": 1,
+    }
+    result, lines, run = train("zero3", stage_one=stage)
     assert 0 <= result["metrics"]["balanced_accuracy"] <= 1
+    assert run.read_json("stage_one/deepspeed.json")["zero_optimization"] == {"stage": 3, "overlap_comm": False}
     assert lines[-1]["loss"] < lines[0]["loss"] * 1.5
 
 

@@ -1,4 +1,4 @@
-"""Stage one's loop on one and two real ranks: its options, alone and together, and what it does when something breaks."""
+"""Stage one's loop on one and two real ranks: its options, alone and together, and what it does when things break."""
 
 import math
 import re
@@ -65,6 +65,9 @@ def on_two_ranks(rank, world, folder):
         + run("broken", {**TOGETHER, "epochs": 2}, **synchronised),
         "whole": run("whole", whole, model=FROZEN),
         "micro": run("micro", {**whole, "micro_batch_size": 5}, model=FROZEN),
+        "zero3": run("zero3", {**whole, "zero_stage": 3, "epochs": 2}, model=FROZEN),
+        "broken3": run("broken3", {**whole, "zero_stage": 3, "epochs": 2}, stop_after=0, model=FROZEN)
+        + run("broken3", {**whole, "zero_stage": 3, "epochs": 2}, model=FROZEN),
         "micro3": run("micro3", {**whole, "micro_batch_size": 5, "zero_stage": 3}, model=FROZEN),
         "stopped": failure("stopped", {"epochs": 2}, model=FROZEN),
         "skipped": run("skipped", {"skip_nonfinite_steps": 1}, change=poison),
@@ -149,13 +152,33 @@ def test_micro_batches_are_the_whole_batch_at_zero_0_and_3(folder, two_ranks):
     assert epochs(two_ranks[0]["micro3"]).keys() == {0}
 
 
+def test_zero_3_goes_on_from_its_checkpoint(folder, two_ranks):
+    unbroken, broken = two_ranks[0]["zero3"], two_ranks[0]["broken3"]
+    assert len(losses(unbroken)) == 2 * STEPS_PER_EPOCH
+    assert losses(broken) == losses(unbroken) and epochs(broken) == epochs(unbroken)
+    for name, tensor in weights(folder, "zero3", 1).items():
+        assert weights(folder, "broken3", 1)[name].equal(tensor), name
+
+
+def on_three_ranks(rank, world, folder):
+    config = config_of(folder, "three", {"loss": {"name": "proxy_anchor"}}, model=FROZEN, data={"streams": 8})
+    return loop(rank, world, config, Path(folder))
+
+
+def test_three_ranks_share_eight_streams_unevenly_and_follow_the_losses_of_two(folder, two_ranks):
+    three = run_gloo(on_three_ranks, 3, str(folder))[0]
+    for step, pair in losses(two_ranks[0]["whole"]).items():
+        assert losses(three)[step] == pytest.approx(pair, rel=2e-3), step
+    assert epochs(three).keys() == {0}
+
+
 def test_a_loss_that_is_not_finite_stops_every_rank_at_its_step_and_names_the_image(folder, two_ranks):
     index = open_dataset(str(folder / "dataset")).index("train")
     messages = [results["stopped"] for results in two_ranks]
     assert messages[0] == messages[1]
     found = re.fullmatch(
-        r"the loss is nan, from outputs that are not finite for worker 1: (\S+) at step 4 \(epoch 0\); the weights were "
-        r"not updated, there is no checkpoint yet; lower stage_one\.optimiser\.lr = 0\.001, or raise "
+        r"the loss is nan, from outputs that are not finite for worker 1: (\S+) at step 4 \(epoch 0\); the weights "
+        r"were not updated, there is no checkpoint yet; lower stage_one\.optimiser\.lr = 0\.001, or raise "
         r"stage_one\.skip_nonfinite_steps = 0, and give another run=\.\.\.",
         messages[0],
     )

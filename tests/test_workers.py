@@ -9,7 +9,7 @@ import pytest
 
 from cluster.errors import UserError
 from data_pipeline import workers
-from data_pipeline.workers import AHEAD_PER_PROCESS, ImageWorkers
+from data_pipeline.workers import AHEAD_PER_WORKER, ImageWorkers
 from tests.raw import SMALL_SHARDS, digests, pack_quietly, table
 
 ROOT = Path(__file__).parents[1]
@@ -27,14 +27,14 @@ def die(number):
 
 @pytest.fixture(scope="module")
 def pool():
-    with ImageWorkers(10**6, max_processes=2) as made:
+    with ImageWorkers(10**6, cores=3) as made:
         yield made
 
 
 def test_results_come_in_order_from_several_processes(pool):
     found = list(pool.map(slowly, range(20)))
     assert [number for number, _ in found] == list(range(20))
-    assert len({process for _, process in found}) == 2 and os.getpid() not in {process for _, process in found}
+    assert len({process for _, process in found}) > 1 and os.getpid() not in {process for _, process in found}
 
 
 def test_no_more_tasks_are_taken_than_a_few_ahead(pool):
@@ -47,16 +47,19 @@ def test_no_more_tasks_are_taken_than_a_few_ahead(pool):
             yield number
 
     for done, _ in enumerate(pool.map(slowly, tasks())):
-        assert taken <= done + 1 + AHEAD_PER_PROCESS * 2
+        assert taken <= done + 1 + AHEAD_PER_WORKER * 3
 
 
-def test_little_work_is_done_here():
-    with ImageWorkers(workers.WORTH_A_PROCESS, max_processes=8) as few:
-        assert [process for _, process in few.map(slowly, range(3))] == [os.getpid()] * 3
+@pytest.mark.parametrize("num_images, cores", [(10**6, 1), (10**6, 2), (2 * workers.WORTH_A_PROCESS, 8)])
+def test_small_work_and_few_cores_are_left_to_threads(num_images, cores):
+    with ImageWorkers(num_images, cores=cores) as few:
+        found = list(few.map(slowly, range(20)))
+    assert found == [(number, os.getpid()) for number in range(20)]
+    assert few.workers == min(cores, workers.MAX_THREADS)
 
 
 def test_a_process_that_is_killed_is_told():
-    with ImageWorkers(10**6, max_processes=2) as pool, pytest.raises(UserError) as error:
+    with ImageWorkers(10**6, cores=3) as pool, pytest.raises(UserError) as error:
         list(pool.map(die, range(4)))
     assert str(error.value) == (
         "a process that reads images ended: killed, by the system if memory ran out, or started from a script without "
@@ -81,7 +84,7 @@ from data_pipeline import workers
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.pack import pack
 workers.WORTH_A_PROCESS = 20
-os.sched_getaffinity = lambda _: {0, 1}
+os.sched_getaffinity = lambda _: {0, 1, 2}
 source = SourceConfig(path=sys.argv[1], labels="labels.csv", group_column="group")
 pack(source, DataConfig(shard_mib=0.05, tail_budget_mib=0.04, pack_px=16), sys.argv[2], 0, progress=False)
 """
@@ -135,7 +138,7 @@ def test_ctrl_c_in_a_terminal_is_one_line_whoever_it_meets(tmp_path):
     """It goes to the whole group of processes; only the command itself answers."""
     source, destination = table(tmp_path / "raw"), tmp_path / "d"
     start = "import os, sys; from data_pipeline import workers; workers.WORTH_A_PROCESS = 20; "
-    start += "os.sched_getaffinity = lambda _: {0, 1}; import rarelens; rarelens.main()"
+    start += "os.sched_getaffinity = lambda _: {0, 1, 2}; import rarelens; rarelens.main()"
     arguments = ["pack", str(source.path), str(destination), "--labels", "labels.csv", "data.shard_mib=0.05"]
     packing = subprocess.Popen(
         [sys.executable, "-c", start, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True

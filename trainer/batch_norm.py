@@ -57,15 +57,24 @@ def synchronise_batch_norm(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def statistics_held(model: nn.Module) -> Iterator[None]:
-    """Leave running statistics and their counter alone; in training the batch's own statistics normalise as ever."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
+    """Leave running statistics and their counters as they are; in training the batch's own normalise as ever.
+
+    Copies stand in their place meanwhile and are updated. (Switching the tracking off would save fewer tensors for
+    backward, at which a recomputation of activations takes offence; momentum 0 would let NaN through.)
+    """
+    held = [
+        (module, name, buffer)
+        for module in model.modules()
+        if isinstance(module, _BatchNorm)
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    for module, name, buffer in held:
+        setattr(module, name, buffer.clone())
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for module, name, buffer in held:
+            setattr(module, name, buffer)
 
 
 class _OverRanks:

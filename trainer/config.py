@@ -208,15 +208,6 @@ class TrainerConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _memory_has_a_loss(self) -> TrainerConfig:
-        if self.stage_one.memory.rows and self.stage_one.loss.name == "none":
-            raise ValueError(
-                f"stage_one.memory.rows = {self.stage_one.memory.rows} is for a metric loss, and stage_one.loss.name = "
-                f"'none'; set rows to 0 or name a loss"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _mixed_images_have_one_loss(self) -> TrainerConfig:
         mix, loss = self.data.mix, self.stage_one.loss
         if (mix.mixup_alpha or mix.cutmix_alpha) and loss.name != "none":

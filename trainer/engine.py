@@ -152,6 +152,7 @@ class Engine:
                 f"({' '.join(str(error).split())[:300]}); change or leave out what it names"
             ) from error
         self._network, self._zero_stage = network, config.zero_stage
+        self._parameters = list(network.parameters())
         if self._zero_stage == 3:
             # The loss reads them after the network's forward pass: they are gathered with it and stay until the step.
             for parameter in network.of_loss:
@@ -248,7 +249,7 @@ class Engine:
 
     def _gradient_is_finite(self) -> bool:
         """At ZeRO 0, after backward: every rank has the whole averaged gradient, so all of them see the same."""
-        gradients = [p.grad for p in self._network.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
         if self._scaler is not None:
             torch._foreach_mul_(gradients, 1 / self._scaler.cur_scale)
         self.grad_norm = float(nn.utils.get_total_norm(gradients))

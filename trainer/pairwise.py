@@ -1,8 +1,9 @@
 """The blockwise kernel under the pair losses: exact, in memory linear in the pool.
 
 Each function walks over the pool in blocks and keeps running results, so that the [B, N] matrix of similarities never
-exists; the backward walks again and recomputes each block. Lower precisions than float32 are widened block by block and
-accumulated in float32.
+exists; the backward walks again and recomputes each block. `contrastive_total`, whose anchors end in one number, takes
+a chunk of anchors at a time instead, in a buffer of fixed size or of the pool's own, and walks once. Lower precisions
+than float32 are summed in float32. On a GPU Triton's kernels take over where they are faster.
 
 Shapes: B anchors of this rank, N rows of the pool. Anchor i is row `first + i` of the pool and is never compared with
 itself. This file is the door; each idea has its own file `pairwise_*.py`.

@@ -35,14 +35,19 @@ def use_triton(name: str, anchors: Tensor, pool: Tensor, torch_path: Path, trito
         torch_path: (anchors, pool) -> what the gradient is taken of, or anything where there is none.
         triton_path: Likewise.
     """
-    if not is_supported(pool):
+    if not is_supported(pool) or not len(anchors):
         return False
     sizes = (len(anchors).bit_length(), len(pool).bit_length(), pool.shape[1])
     needs = (torch.is_grad_enabled(), anchors.requires_grad, pool.requires_grad)
-    key = (name, pool.device, pool.dtype, torch.backends.cuda.matmul.allow_tf32, *sizes, *needs)
+    key = (name, pool.device, pool.dtype, tf32_allowed(), *sizes, *needs)
     if key not in _chosen:
         _chosen[key] = is_faster(lambda: _step(triton_path, anchors, pool), lambda: _step(torch_path, anchors, pool))
     return _chosen[key]
+
+
+def chosen_paths() -> list[str]:
+    """What was chosen so far in this process, a line for each kind of input."""
+    return [f"{' '.join(map(str, key))}: {'Triton' if triton else 'PyTorch'}" for key, triton in _chosen.items()]
 
 
 def is_supported(pool: Tensor) -> bool:
@@ -54,6 +59,11 @@ def is_supported(pool: Tensor) -> bool:
         and len(pool) > 0
         and importlib.util.find_spec("triton") is not None
     )
+
+
+def tf32_allowed() -> bool:
+    """Whether PyTorch's own products of float32 on a GPU are made in TF32."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def is_faster(candidate: Callable[[], object], other: Callable[[], object]) -> bool:

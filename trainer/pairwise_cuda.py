@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trainer.pairwise_blocks import finite
+from trainer.pairwise_choice import tf32_allowed
 from trainer.pairwise_triton import backward_kernel, class_sums_kernel, forward_kernel, hardest_kernel
 
 LOG2_E = math.log2(math.e)
@@ -226,4 +227,4 @@ def _block_d(dim: int) -> int:
 
 def _precision(x: Tensor) -> Any:
     """Of products of float32: TF32 where the user allowed it for PyTorch's own products."""
-    return "tf32" if x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if x.dtype == torch.float32 and tf32_allowed() else "ieee"

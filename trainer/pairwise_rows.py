@@ -114,16 +114,7 @@ def semi_hard_rows(
     if not num_anchors:
         return positive_rows.clone()
     factors = _factors(anchors, pool)
-    positives = pool.index_select(0, positive_rows.clamp(min=0)).to(dtype)
-    if factors.centre is not None:
-        positives -= factors.centre
-    doubled = factors.rows.to(dtype) * (1 if factors.scale is None else factors.scale)
-    threshold = (doubled * positives).sum(1).add_(positives.square().sum(1))
-    # A dot product of D terms is off by about sqrt(D) eps of its factors' norms (Higham, Accuracy and Stability of
-    # Numerical Algorithms, 2nd ed., 3.1).
-    scale = torch.linalg.vector_norm(positives, dim=1).add_(torch.linalg.vector_norm(doubled, dim=1)).square_()
-    threshold.add_(scale, alpha=2 * torch.finfo(dtype).eps * pool.shape[1] ** 0.5)
-    threshold = threshold[:, None]
+    threshold = _just_over(factors, pool, positive_rows.clamp(min=0))[:, None]
     nearest = torch.full((num_anchors,), torch.inf, dtype=dtype, device=pool.device)
     inf = torch.tensor(torch.inf, dtype=dtype, device=pool.device)
     negative = torch.full((num_anchors,), -1, device=pool.device)
@@ -155,6 +146,20 @@ def _factors(anchors: Tensor, pool: Tensor) -> _Factors:
     centre = pool.mean(0, dtype=dtype)
     centre = torch.where(centre.isfinite(), centre, 0)  # a row that is NaN must stay the only one
     return _Factors((anchors.to(dtype) - centre).mul_(-2), None, centre)
+
+
+def _just_over(factors: _Factors, pool: Tensor, rows: Tensor) -> Tensor:
+    """|p|^2 - 2 a . p [B] of one row an anchor, and the rounding error that such a number may have in a block."""
+    dtype = accumulation_dtype(pool)
+    chosen = pool.index_select(0, rows).to(dtype)
+    if factors.centre is not None:
+        chosen -= factors.centre
+    doubled = factors.rows.to(dtype) * (1 if factors.scale is None else factors.scale)
+    # A dot product of D terms is off by about sqrt(D) eps of its factors' norms (Higham, Accuracy and Stability of
+    # Numerical Algorithms, 2nd ed., 3.1).
+    scale = torch.linalg.vector_norm(chosen, dim=1).add_(torch.linalg.vector_norm(doubled, dim=1)).square_()
+    distance = (doubled * chosen).sum(1).add_(chosen.square().sum(1))
+    return distance.add_(scale, alpha=2 * torch.finfo(dtype).eps * pool.shape[1] ** 0.5)
 
 
 def _distance_blocks(factors: _Factors, pool: Tensor, first: int, width: int) -> Iterator[tuple[slice, Tensor]]:

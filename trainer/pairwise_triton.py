@@ -20,7 +20,7 @@ import triton.language as tl
 _SHAPES = ((128, 64, 4, 3), (128, 128, 8, 3), (64, 64, 4, 3), (64, 128, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2))
 _CONFIGS = [
     triton.Config({"BLOCK_M": block_m, "BLOCK_N": block_n}, num_warps=warps, num_stages=stages)
-    for block_m, block_n, warps, stages in (_SHAPES if not triton.knobs.runtime.interpret else ((16, 32, 4, 1),))
+    for block_m, block_n, warps, stages in (_SHAPES if not triton.knobs.runtime.interpret else ((16, 64, 4, 1),))
 ]
 
 # The interpreter multiplies the bits of bfloat16.
