@@ -258,11 +258,14 @@ class Job:
 def _check(job: Job) -> None:
     """What would otherwise fail after minutes: the storage, the network and its weights."""
     from cluster.storage import check_storage
+    from trainer.blocks import check_blocks
     from trainer.model import build_model
 
     if not job.run.storage.exists("stage_one/result.json"):
         check_storage(job.run.storage)
-        build_model(job.config.model, num_classes=2, image_px=job.config.data.image_px)
+        model = build_model(job.config.model, num_classes=2, image_px=job.config.data.image_px)
+        if job.config.fine_tune.epochs:
+            check_blocks(model.backbone, job.config.model.backbone, job.config.fine_tune.blocks)
 
 
 def _pack(job: Job) -> None:
@@ -289,6 +292,12 @@ def _stage_two(job: Job) -> None:
     search_stage_two(job.config, job.dataset, job.run)
 
 
+def _fine_tune(job: Job) -> None:
+    from tuning.fine_tuning import fine_tune
+
+    fine_tune(job.config, job.dataset, job.run)
+
+
 def _evaluate(job: Job) -> None:
     from trainer.evaluate import evaluate as evaluate_run
 
@@ -306,6 +315,7 @@ STEPS = {
     "stage one": _stage_one,
     "features": _features,
     "stage two": _stage_two,
+    "fine-tuning": _fine_tune,
     "evaluation": _evaluate,
     "report": _report,
 }

@@ -272,7 +272,7 @@ def main() -> None:
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--seconds", type=float, default=4.0, help="of a round of each, and half as much untimed")
-    parser.add_argument("--step-images-per-s", type=float, default=300.0, help="S3: what the simulated step takes")
+    parser.add_argument("--step-images-per-s", type=float, default=150.0, help="S3: what the simulated step takes")
     options = parser.parse_args()
 
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])  # workers inherit it

@@ -1,4 +1,4 @@
-"""One pass without augmentation: each sample of a split once over all ranks, or loose files."""
+"""One pass: each sample of a split once over all ranks, as it is or in augmented views; loose files."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from data_pipeline.augment import ViewParameters, draw_views
 from data_pipeline.config import DataConfig
 from data_pipeline.damage import DamageLog
 from data_pipeline.dataset import Dataset
@@ -22,6 +24,9 @@ from data_pipeline.shards import ShardReader
 
 MAX_DECODE_THREADS = 16
 """More than this outrun any network that is trained."""
+
+VIEWS_EPOCH = 2**31 - 1
+"""The epoch from whose numbers views are augmented that are kept: no training comes to it."""
 
 _log = logging.getLogger(__name__)
 
@@ -53,25 +58,80 @@ def evaluation_batches(
     Raises:
         UserError: More than `data.max_damaged` images of this rank are damaged, or a shard is broken.
     """
-    index = dataset.index(split)
+    settings = decoder_settings(dataset, data, batch_size, device or torch.device("cpu"))
+    yield from _each_once(dataset, data, split, settings, (rank, world))
+
+
+def augmented_batches(  # noqa: PLR0913 - every one names itself at the call
+    dataset: Dataset,
+    data: DataConfig,
+    split: str,
+    *,
+    views: int,
+    seed: int,
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device | None = None,
+) -> Iterator[Batch]:
+    """As `evaluation_batches`, in views that are augmented as training images are.
+
+    A view is a pure function of (seed, row, number of the view): batches, ranks and the number of views change nothing.
+    An image is decoded once for all of its views.
+
+    Args:
+        dataset: The packed dataset.
+        data: Image size, augmentation, threads, cache.
+        split: train, val or test.
+        views: V of each image.
+        seed: The run's seed.
+        batch_size: Images of this rank, views not counted; the last batch may be smaller.
+        rank: Of this worker.
+        world: Number of workers.
+        device: Where the tensors go; None = CPU.
+
+    Yields:
+        Batches with images [V * B, 3, px, px], view-major.
+
+    Raises:
+        UserError: More than `data.max_damaged` images of this rank are damaged, or a shard is broken.
+    """
+    settings = decoder_settings(dataset, data, batch_size, device or torch.device("cpu"))
+    settings = replace(settings, augment=data.augment, views=views)
+    yield from _each_once(dataset, data, split, settings, (rank, world), seed)
+
+
+def _each_once(
+    dataset: Dataset, data: DataConfig, split: str, settings: DecoderSettings, share: tuple[int, int], seed: int = 0
+) -> Iterator[Batch]:
+    """The pass of one rank, `share` being (rank, world); `seed` is that of augmented views."""
+    index, (rank, world) = dataset.index(split), share
     begin, end = rank * len(index) // world, (rank + 1) * len(index) // world
-    decoder = Decoder(decoder_settings(dataset, data, batch_size, device or torch.device("cpu")))
+    decoder = Decoder(settings)
     reader = ShardReader(dataset, data)
     damage = DamageLog(dataset, index, data.max_damaged, reader)
     reader.prefetch(dict.fromkeys(index.shard[begin:end].tolist()))
 
     def load(first: int) -> Load:
-        rows = np.arange(first, min(first + batch_size, end))
-        return Load(0, (first - begin) // batch_size, rows, read_images(reader, index, rows))
+        rows = np.arange(first, min(first + settings.batch_size, end))
+        number = (first - begin) // settings.batch_size
+        return Load(0, number, rows, read_images(reader, index, rows), views_of(rows))
+
+    def views_of(rows: np.ndarray) -> list[ViewParameters]:
+        if settings.augment is None or not len(rows):
+            return []
+        sizes = index.width[rows], index.height[rows]
+        return draw_views(settings.augment, data.image_px, (seed, VIEWS_EPOCH), rows, settings.views, sizes)
 
     def repair(load: Load) -> Load:
-        found = find_damaged(decoder.settings, load.encoded)
+        found = find_damaged(decoder.settings, load.encoded, load.views)
         damage.add({int(load.rows[place]): reason for place, reason in found.items()})
         for place, reason in found.items():
             _log.warning("%s of split %s is left out, it is damaged: %s", index.key[load.rows[place]], split, reason)
-        return load.without(found)
+        whole = load.without(found)
+        return replace(whole, views=views_of(whole.rows))
 
-    jobs = (partial(load, first) for first in range(begin, end, batch_size))
+    jobs = (partial(load, first) for first in range(begin, end, settings.batch_size))
     with ThreadPoolExecutor(READ_THREADS) as pool:
         try:
             for ready, images in decode_ahead(decoder, pool, jobs, repair):

@@ -13,7 +13,7 @@ import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeAlias
 
 import numpy as np
@@ -50,6 +50,7 @@ class ShardReader:
         self._lock = threading.Lock()
         self._downloads: ThreadPoolExecutor | None = None
         self._coming: dict[int, Future[None]] = {}
+        self._holding: list[Future[None]] = []
         self._failure: BaseException | None = None
         self._early_reads: ThreadPoolExecutor | None = None
         self._early: dict[int, list[tuple[int, int, int]]] = {}  # shard -> offset, length, CRC-32 of what was read
@@ -151,13 +152,18 @@ class ShardReader:
                 return
             if self._downloads is None:
                 self._downloads = ThreadPoolExecutor(PREFETCH_THREADS, thread_name_prefix="download")
-            self._coming[shard] = self._downloads.submit(self._fetch, shard, hold)
+            # Every batch needs the tail: it gets the whole bandwidth first, and what is asked for later waits for it.
+            first = [] if hold else [tail for tail in self._holding if not tail.done()]
+            self._coming[shard] = self._downloads.submit(self._fetch, shard, hold, first)
+            if hold:
+                self._holding.append(self._coming[shard])
 
-    def _fetch(self, shard: int, hold: bool) -> None:
+    def _fetch(self, shard: int, hold: bool, first: list[Future[None]]) -> None:
         try:
             if hold:
                 self._hold_now(shard)
             else:
+                wait(first)
                 self._open_now(shard)
         except BaseException as error:
             self._failure = error  # nobody waits for this download: the next `read` tells

@@ -15,6 +15,7 @@ from cluster.launch import Worker
 from data_pipeline.loader import Batch, TrainLoader
 from tests.engines import prepare
 from trainer.config import TrainerConfig
+from trainer.starting_point import StartingPoint
 
 
 class Interrupted(Exception):
@@ -59,6 +60,7 @@ def loop(
     folder: Path,
     stop_after: int | None = None,
     change: Callable[[Batch, int], None] | None = None,
+    start: StartingPoint | None = None,
 ) -> list[dict[str, Any]]:
     """Train, and return what rank 0 was told. `folder` holds the packed dataset in `dataset`.
 
@@ -69,6 +71,7 @@ def loop(
         folder: Checkpoints go to `folder / config.run`.
         stop_after: Epoch after whose checkpoint the run is interrupted.
         change: Called with each batch and its rank before the loop sees it.
+        start: What the training goes on from.
     """
     prepare(rank, world)
 
@@ -83,7 +86,7 @@ def loop(
     original = trainer.stage_one.TrainLoader
     trainer.stage_one.TrainLoader = Changed  # type: ignore[misc]
     try:
-        trainer.stage_one.train_on_worker(worker, config, str(folder / "dataset"))
+        trainer.stage_one.train_on_worker(worker, config, str(folder / "dataset"), start=start)
     except Interrupted:
         pass
     finally:

@@ -11,25 +11,27 @@ from trainer.gradient_cache import cached_forward
 from trainer.losses.base import LossSum
 from trainer.pool import gather_pool, global_mean
 
+DIM = 5
+
 
 def test_gradients_do_not_vanish_in_half_precision_outputs():
     # 1e-6 / 12 is below float16's least number, 6e-8 / 2: a gradient of that type would be zero.
-    weight = torch.ones(IN_DIM, dtype=torch.float16, requires_grad=True)
-    images = torch.ones(12, IN_DIM, dtype=torch.float16)
+    weight = torch.ones(DIM, dtype=torch.float16, requires_grad=True)
+    images = torch.ones(12, DIM, dtype=torch.float16)
     cached = cached_forward(lambda part: (part * weight,), images, 5, nn.Identity())
     assert cached.output[0].dtype == torch.float32
     scale = 2.0**16  # a loss scaler works on the scalar that it is given
     cached.backward(cached.output[0].mean() * 1e-6, lambda scalar, last: (scalar * scale).backward())
-    torch.testing.assert_close(weight.grad.double() / scale, torch.full([IN_DIM], 2e-7).double(), rtol=1e-2, atol=0)
+    torch.testing.assert_close(weight.grad.double() / scale, torch.full([DIM], 2e-7).double(), rtol=1e-2, atol=0)
 
 
 def test_outputs_without_part_in_the_loss_and_plain_tuples_are_taken():
-    weight = torch.ones(IN_DIM, requires_grad=True)
-    images = torch.arange(12.0)[:, None].repeat(1, IN_DIM)
+    weight = torch.ones(DIM, requires_grad=True)
+    images = torch.arange(12.0)[:, None].repeat(1, DIM)
     cached = cached_forward(lambda part: (part * weight, part), images, 4, nn.Identity())
     assert type(cached.output) is tuple and cached.output[1].equal(images)
     cached.backward(cached.output[0].sum(), lambda scalar, last: scalar.backward(), [nn.Parameter(torch.ones(2))])
-    assert weight.grad.tolist() == [66.0] * IN_DIM
+    assert weight.grad.tolist() == [66.0] * DIM
 
 
 def too_uneven(rank, world):

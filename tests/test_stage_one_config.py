@@ -37,6 +37,11 @@ from tuning.config import Config
             "zero_stage: 2 or ema_decay: null",
         ),
         (
+            {"stage_one": {"zero_stage": 3, "compile": True}},
+            "stage_one: compile = True and zero_stage = 3 do not go together, DeepSpeed's hooks cut the graph at every "
+            "layer; set zero_stage: 2 or compile: false",
+        ),
+        (
             {"stage_one": {"optimiser": {"milestones_epochs": [3]}}},
             "stage_one.optimiser: schedule = 'cosine' and milestones_epochs = [3.0] do not go together; milestones are "
             "what multi_step needs, and nothing else does",

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from cluster.config import ClusterConfig, Section, flatten
 from data_pipeline.config import DataConfig, SamplingConfig, SourceConfig
+from trainer.fine_tune_config import FineTuneConfig
 from trainer.loss_config import ClassificationConfig, LossConfig, check_losses
 
 
@@ -157,6 +158,11 @@ class StageOneConfig(Section):
         for key, remedy in DEEPSPEED_KEYS_OF_OURS.items():
             if key in flatten(self.deepspeed):
                 raise ValueError(f"deepspeed.{key} is for this program to set; set stage_one.{remedy} instead")
+        if self.compile and self.zero_stage == 3:
+            raise ValueError(
+                "compile = True and zero_stage = 3 do not go together, DeepSpeed's hooks cut the graph at every layer; set "
+                "zero_stage: 2 or compile: false"
+            )
         if self.optimiser.name in LAYERWISE_OPTIMISERS and self.zero_stage > 0:
             raise ValueError(
                 f"optimiser.name = {self.optimiser.name!r} scales each layer by its own norm and zero_stage = "
@@ -169,6 +175,12 @@ class FeaturesConfig(Section):
     """Backbone outputs for stage two."""
 
     batch_size: int = Field(128, ge=1, description="Images a batch and worker")
+    views: int = Field(
+        1,
+        ge=1,
+        le=127,
+        description="Views of each training image on which heads are trained: as it is evaluated, and others augmented",
+    )
 
 
 class EvaluationConfig(Section):
@@ -198,6 +210,7 @@ class TrainerConfig(Section):
     model: ModelConfig = ModelConfig()
     stage_one: StageOneConfig = StageOneConfig()
     features: FeaturesConfig = FeaturesConfig()
+    fine_tune: FineTuneConfig = FineTuneConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     cluster: ClusterConfig = ClusterConfig()
 
@@ -231,5 +244,17 @@ class TrainerConfig(Section):
             if wanted != batch:
                 raise ValueError(
                     f"stage_one.batch_size = {batch} must be classes_per_batch x samples_per_class = {wanted}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _fine_tuning_has_stage_one_s_batches(self) -> TrainerConfig:
+        batch, sampling = self.stage_one.batch_size, self.fine_tune.sampling
+        if sampling and sampling.classes_per_batch and sampling.samples_per_class:
+            wanted = sampling.classes_per_batch * sampling.samples_per_class
+            if wanted != batch:
+                raise ValueError(
+                    f"fine_tune.sampling: classes_per_batch x samples_per_class = {wanted} must be "
+                    f"stage_one.batch_size = {batch}"
                 )
         return self

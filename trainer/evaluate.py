@@ -7,6 +7,7 @@ Shapes: N test samples, C classes, F features.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from trainer.config import TrainerConfig
 from trainer.export import ModelDescription, save_model
 from trainer.extraction import BASELINE, TEST, TRAIN_AND_VAL, extract_features, fetch_checkpoint
 from trainer.features import Features, read_features
+from trainer.finetune import CHOICE_FILE, NAME, FineTuning
+from trainer.finetune import TEST as FINE_TUNED_TEST
 from trainer.heads import FAMILY_NAMES, Head, load_heads
 from trainer.result_table import HeldOutSet, Judged, difference, result_rows
 from trainer.retrieval import retrieval
@@ -34,17 +37,24 @@ METRICS_FILE = f"{MODEL_FOLDER}/metrics.json"
 PREDICTIONS_FILE = f"{MODEL_FOLDER}/predictions.parquet"
 READS_FILE = "test_reads.json"
 DESCRIPTIONS = {"baseline": "plain cross-entropy", **FAMILY_NAMES}
+MODEL_NAMES = {"winner": "winner", NAME: "fine-tuned"}
+"""Rows of the table that may be the model, and how differences from others call them."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One row of the result table before its figures: a head, its temperature, the features that it works on."""
+    """One row of the result table before its figures: a head, its temperature, the features that it works on.
+
+    `trained` names the training whose network made these, with its configuration where that is not the run's.
+    """
 
     name: str
     description: str
     head: Head
     temperature: float
     test: Features
+    trained: str = "stage_one"
+    config: TrainerConfig | None = None
 
 
 def evaluate(config: TrainerConfig, dataset: Dataset, run: RunFolder) -> dict[str, Any]:
@@ -56,8 +66,9 @@ def evaluate(config: TrainerConfig, dataset: Dataset, run: RunFolder) -> dict[st
         run: The run folder, with stage one's checkpoint, its features and the heads of stage two.
 
     Returns:
-        What `metrics.json` holds: `test` (samples, groups, reads), `rows` (the table), `confusion` [C, C] of `own` and
-        `winner`, `differences` of balanced accuracy with paired 95 % intervals, `temperature`.
+        What `metrics.json` holds: `test` (samples, groups, reads), `rows` (the table), `model` (the row that is the
+        model: `winner`, or `fine_tuned` where that was better on val), `confusion` [C, C] of `own`, `winner` and the
+        model, `differences` of balanced accuracy with paired 95 % intervals, `temperature` of the model.
     """
     done = run.read_json(METRICS_FILE)
     if done is not None:
@@ -66,31 +77,32 @@ def evaluate(config: TrainerConfig, dataset: Dataset, run: RunFolder) -> dict[st
     heads = load_heads(run.fetch("stage_two") / "heads.safetensors")
     reads = (run.read_json(READS_FILE) or 0) + 1
     run.write_json(READS_FILE, reads)
-    candidates = _candidates(config, dataset, run, heads, chosen)
+    candidates = {c.name: c for c in _candidates(config, dataset, run, heads, chosen)}
+    choice = run.read_json(CHOICE_FILE) if NAME in candidates else None
+    model = candidates[NAME if choice and choice["chosen"] else "winner"]
 
-    test = candidates[0].test
+    test = model.test
     tiers = metrics.class_tiers(
         dataset.class_counts("train"), config.evaluation.many_above, config.evaluation.few_below
     )
-    temperature = next(c.temperature for c in candidates if c.name == "winner")
-    judged = {c.name: _judged(c) for c in candidates}
+    judged = {name: _judged(candidate) for name, candidate in candidates.items()}
     held_out = HeldOutSet(test.labels, test.groups, tiers, config.evaluation.bootstrap_samples, config.seed)
     result = {
         "test": {"samples": len(test), "groups": len(np.unique(test.groups)), "reads": reads},
+        "model": model.name,
         "rows": result_rows(list(judged.values()), held_out),
         "confusion": {
             name: metrics.confusion(test.labels, judged[name].predictions, len(tiers)).tolist()
-            for name in ("own", "winner")
+            for name in dict.fromkeys(("own", "winner", model.name))
         },
         "differences": {
-            f"winner - {DESCRIPTIONS[other]}": difference(judged["winner"], judged[other], held_out)
-            for other in ("baseline", "own")
-            if other in judged
+            title: difference(judged[ours], judged[other], held_out)
+            for title, ours, other in _pairs(model.name, candidates)
         },
-        "temperature": temperature,
+        "temperature": model.temperature,
     }
-    _write_predictions(run.path(PREDICTIONS_FILE), test, dataset.classes, judged["winner"].probabilities)
-    _write_model(config, dataset, run, heads[chosen["winner"]], temperature)
+    _write_predictions(run.path(PREDICTIONS_FILE), test, dataset.classes, judged[model.name].probabilities)
+    _write_model(config, dataset, run, model)
     run.publish(MODEL_FOLDER)
     run.write_json(METRICS_FILE, result)
     return result
@@ -115,7 +127,26 @@ def _candidates(
         candidates.append(Candidate(name, DESCRIPTIONS[name], heads[name], temperatures[name], test))
     described = f"winner: {DESCRIPTIONS[winner]}"
     candidates.append(Candidate("winner", described, heads[winner], temperatures[winner], test))
+    if config.fine_tune.epochs:
+        candidates.append(_fine_tuned(config, dataset, run, chosen))
     return candidates
+
+
+def _fine_tuned(config: TrainerConfig, dataset: Dataset, run: RunFolder, chosen: dict[str, Any]) -> Candidate:
+    choice = run.need_json(CHOICE_FILE, "rarelens train")
+    tuning = FineTuning.of(config, run, chosen)
+    (folder,) = extract_features(tuning.config, dataset, run, FINE_TUNED_TEST)
+    _, head = tuning.outcome(dataset, run)
+    described = f"fine-tuned, {DESCRIPTIONS[chosen['winner']]}"
+    test = read_features(folder, "test")
+    return Candidate(NAME, described, head, choice["temperature"], test, NAME, tuning.config)
+
+
+def _pairs(model: str, candidates: Container[str]) -> list[tuple[str, str, str]]:
+    """Title, model and other one of each difference that is told."""
+    pairs = [(f"{MODEL_NAMES[model]} - {DESCRIPTIONS[other]}", model, other) for other in ("baseline", "own")]
+    pairs.append((f"{MODEL_NAMES[NAME]} - winner", NAME, "winner"))
+    return [pair for pair in pairs if pair[1] in candidates and pair[2] in candidates]
 
 
 def own_head(checkpoint: Path, config: TrainerConfig, dataset: Dataset) -> Head:
@@ -130,7 +161,7 @@ def _judged(candidate: Candidate) -> Judged:
         candidate.description,
         probabilities=_probabilities(logits, candidate.temperature),
         uncalibrated=_probabilities(logits, 1.0),
-        found=retrieval(candidate.test.x, candidate.test.labels),
+        found=retrieval(np.asarray(candidate.test.x), candidate.test.labels),
     )
 
 
@@ -145,8 +176,10 @@ def _write_predictions(path: Path, test: Features, classes: tuple[str, ...], pro
     pq.write_table(pa.table(columns), path)
 
 
-def _write_model(config: TrainerConfig, dataset: Dataset, run: RunFolder, head: Head, temperature: float) -> None:
-    checkpoint = fetch_checkpoint(run, run.need_json("stage_one/result.json", "rarelens stage-one")["checkpoint"])
+def _write_model(config: TrainerConfig, dataset: Dataset, run: RunFolder, model: Candidate) -> None:
+    trained = run.need_json(f"{model.trained}/result.json", "rarelens stage-one")
+    checkpoint = fetch_checkpoint(run, trained["checkpoint"])
+    network = load_classifier(checkpoint, model.config or config, len(dataset.classes))
     description = ModelDescription(
         model=config.model,
         classes=dataset.classes,
@@ -154,7 +187,7 @@ def _write_model(config: TrainerConfig, dataset: Dataset, run: RunFolder, head: 
         resize_ratio=config.data.resize_ratio,
         mean=dataset.mean,
         std=dataset.std,
-        temperature=temperature,
+        temperature=model.temperature,
         provenance={
             "run": Path(run.uri).name,
             "dataset": {"name": dataset.name, "fingerprint": dataset.fingerprint},
@@ -162,7 +195,7 @@ def _write_model(config: TrainerConfig, dataset: Dataset, run: RunFolder, head: 
             "config": config.model_dump(mode="json"),
         },
     )
-    save_model(run.path(MODEL_FOLDER), load_classifier(checkpoint, config, len(dataset.classes)), head, description)
+    save_model(run.path(MODEL_FOLDER), network, model.head, description)
 
 
 def _probabilities(logits: Tensor, temperature: float) -> np.ndarray:
@@ -170,4 +203,4 @@ def _probabilities(logits: Tensor, temperature: float) -> np.ndarray:
 
 
 def _float32(features: Features) -> Tensor:
-    return torch.from_numpy(features.x.astype(np.float32))
+    return torch.from_numpy(np.asarray(features.x, dtype=np.float32))

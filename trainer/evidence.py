@@ -167,14 +167,13 @@ def confusions(inputs: ReportInputs) -> Section:
 def training(inputs: ReportInputs) -> Section:
     """Curves of stage one."""
     stage_one = [line for line in inputs.history if line.get("stage", "stage_one") == "stage_one"]
-    others = [line for line in inputs.history if line.get("stage", "stage_one") != "stage_one"]
     steps = [line for line in stage_one if line.get("kind") == "step"]
     epochs = [line for line in stage_one if line.get("kind") == "epoch"]
     pictures = []
     if steps:
         pictures.append(figure(figures.loss_curve(steps), "<b>Loss</b> on training batches.", 460))
     if epochs:
-        baseline = [line for line in others if line.get("kind") == "epoch"]
+        baseline = [line for line in inputs.history if (line.get("stage"), line.get("kind")) == ("baseline", "epoch")]
         svg = figures.validation_curve(epochs, inputs.select_by, baseline)
         pictures.append(figure(svg, "<b>Validation</b> after each epoch; the ring marks the epoch that was kept.", 460))
     if steps:
@@ -251,6 +250,8 @@ def _choice(inputs: ReportInputs) -> str:
             f"heads were equally good, the best of so many would lead by {signed_points(choice['luck'])} points by "
             "luck alone."
         )
+    if choice.get("fine_tuning"):
+        sentences.append(text(choice["fine_tuning"]))
     return f"<p>{' '.join(sentences)}</p>" if sentences else ""
 
 

@@ -1,21 +1,30 @@
-"""Features of whole splits, made by all workers from a trained checkpoint."""
+"""Features of whole splits, made by all workers from a trained checkpoint.
+
+Shapes: B images, V views, D feature.
+"""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from cluster.checkpoint import sha256_of, verify
+from cluster.errors import UserError
 from cluster.launch import Worker, run_workers
 from cluster.progress import progress_bar
 from cluster.run import RunFolder
 from data_pipeline.dataset import Dataset, open_dataset
+from data_pipeline.passes import augmented_batches, evaluation_batches
+from data_pipeline.read_ahead import Batch
 from trainer.config import TrainerConfig
-from trainer.features import MANIFEST_FILE, extract, read_manifest, write_manifest, write_part
+from trainer.features import MANIFEST_FILE, Features, read_manifest, write_manifest, write_part
+from trainer.model import Classifier
 from trainer.stage_checkpoint import WEIGHTS_FILE, load_classifier
 
 
@@ -47,16 +56,19 @@ def extract_features(config: TrainerConfig, dataset: Dataset, run: RunFolder, *w
     """
     checkpoints = {w.name: run.need_json(f"{w.name}/result.json", "rarelens stage-one")["checkpoint"] for w in wanted}
     sha256 = {name: sha256_of(fetch_checkpoint(run, path) / WEIGHTS_FILE) for name, path in checkpoints.items()}
-    missing = [w for w in wanted if not _is_there(run, w, sha256[w.name])]
+    missing = [w for w in wanted if not _is_there(run, w, sha256[w.name], made_with(config, dataset, w.splits))]
     if not missing:
         return [run.fetch(w.folder) for w in wanted]
+    for w in missing:  # parts that are replaced one by one must not pass for whole features meanwhile
+        run.storage.delete(f"{w.folder}/{MANIFEST_FILE}")
     made: list[dict[str, Any]] = []
     splits = [split for w in missing for split in w.splits]
-    with progress_bar(f"features of {' + '.join(splits)}", sum(len(dataset.index(split)) for split in splits)) as bar:
+    images = sum(len(dataset.index(split)) * views_of(config, split) for split in splits)
+    with progress_bar(f"features of {' + '.join(splits)}", images) as bar:
 
         def on_message(message: dict[str, Any]) -> None:
             made.append(message)
-            bar.update(sum(m["samples"] for m in made))
+            bar.update(sum(m["images"] for m in made))
 
         run_workers(
             _extract,
@@ -79,15 +91,33 @@ def extract_features(config: TrainerConfig, dataset: Dataset, run: RunFolder, *w
             dim=made[0]["dim"],
             rows={split: len(dataset.index(split)) for split in w.splits},
             parts=made[0]["world"],
+            views={split: views_of(config, split) for split in w.splits},
+            made_with=made_with(config, dataset, w.splits),
         )
         run.publish(f"{w.folder}/{MANIFEST_FILE}")
     return [run.fetch(w.folder) for w in wanted]
 
 
-def _is_there(run: RunFolder, wanted: Extraction, weights_sha256: str) -> bool:
+def views_of(config: TrainerConfig, split: str) -> int:
+    """V: only train has more than the view in which images are evaluated."""
+    return config.features.views if split == "train" else 1
+
+
+def made_with(config: TrainerConfig, dataset: Dataset, splits: Sequence[str]) -> dict[str, Any]:
+    """All that decides features beside the checkpoint, as JSON values: with another one they are made anew."""
+    data, views = config.data, max(views_of(config, split) for split in splits)
+    decides: dict[str, Any] = {"dataset": dataset.fingerprint, "views": views}
+    decides |= {"image_px": data.image_px, "resize_ratio": data.resize_ratio}
+    if views > 1:
+        decides |= {"seed": config.seed, "augment": data.augment.model_dump(mode="json")}
+    return decides
+
+
+def _is_there(run: RunFolder, wanted: Extraction, weights_sha256: str, decides: dict[str, Any]) -> bool:
     if not run.storage.exists(f"{wanted.folder}/{MANIFEST_FILE}"):
         return False
-    return read_manifest(run.fetch(wanted.folder))["checkpoint_sha256"] == weights_sha256
+    manifest = read_manifest(run.fetch(wanted.folder))
+    return manifest["checkpoint_sha256"] == weights_sha256 and manifest.get("made_with") == decides
 
 
 def fetch_checkpoint(run: RunFolder, path: str) -> Path:
@@ -95,6 +125,75 @@ def fetch_checkpoint(run: RunFolder, path: str) -> Path:
     folder = run.fetch(path)
     verify(folder)
     return folder
+
+
+def extract(
+    model: Classifier,
+    dataset: Dataset,
+    config: TrainerConfig,
+    split: str,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device,
+) -> Features:
+    """This worker's part of a split's features: its images through the backbone in evaluation mode.
+
+    Args:
+        model: The network; it is left in the mode in which it came.
+        dataset: The packed dataset.
+        config: How images are decoded and augmented, in how many views, how many at a time.
+        split: `train`, `val` or `test`.
+        rank: Number of this worker.
+        world: Number of workers.
+        device: Where the model is.
+
+    Raises:
+        UserError: A feature is not finite in float16; the message names the sample.
+    """
+    size, further = config.features.batch_size, views_of(config, split) - 1
+    place: dict[str, Any] = {"rank": rank, "world": world, "device": device}
+    passes = [(evaluation_batches(dataset, config.data, split, batch_size=size, **place), 1)]
+    if further:  # as many images in a forward pass as without views
+        at_once: dict[str, Any] = {"batch_size": max(1, size // further), "views": further, "seed": config.seed}
+        passes.append((augmented_batches(dataset, config.data, split, **at_once, **place), further))
+    was_training = model.training
+    model.eval()
+    try:
+        made = [_through(model, batches, views) for batches, views in passes]
+    finally:
+        model.train(was_training)
+    # Whether a damaged image can be decoded may depend on the crop: one that lacks a view is left out.
+    rows = made[0][0]
+    for seen, _ in made[1:]:
+        rows = np.intersect1d(rows, seen)
+    kept = [x if len(seen) == len(rows) else x[:, np.searchsorted(seen, rows)] for seen, x in made]
+    return _checked(dataset, split, rows, np.concatenate(kept) if further else kept[0])
+
+
+def _through(model: Classifier, batches: Iterator[Batch], views: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows [N] in order, and their features, float16 [V, N, D]."""
+    rows = [np.empty(0, dtype=np.int64)]
+    parts = [np.empty((views, 0, model.feature_dim), dtype=np.float16)]
+    with torch.inference_mode():
+        for batch in batches:
+            rows.append(np.asarray(batch.rows, dtype=np.int64))
+            features = model.features(batch.images).to(torch.float16).cpu().numpy()
+            parts.append(features.reshape(views, len(batch.rows), model.feature_dim))
+    return np.concatenate(rows), np.concatenate(parts, axis=1)
+
+
+def _checked(dataset: Dataset, split: str, rows: np.ndarray, x: np.ndarray) -> Features:
+    """Features of `rows` [N] from x [V, N, D]."""
+    index, views = dataset.index(split), len(x)
+    damaged = ~np.isfinite(x).all(axis=(0, 2))
+    if damaged.any():
+        raise UserError(
+            f"features of {damaged.sum()} {split} samples, {index.key[rows[damaged][0]]} the first, are not finite in "
+            "float16; the training has diverged: train again with a lower stage_one.optimiser.lr"
+        )
+    x = x.reshape(views * len(rows), x.shape[2])
+    return Features(index.key[rows], index.label[rows].astype(np.int64), index.group[rows], rows, x, views)
 
 
 def _extract(
@@ -106,17 +205,8 @@ def _extract(
     for extraction, checkpoint in wanted:
         model = load_classifier(fetch_checkpoint(run, checkpoint), config, len(dataset.classes)).to(device)
         for split in extraction.splits:
-            part = extract(
-                model,
-                dataset,
-                config.data,
-                split,
-                batch_size=config.features.batch_size,
-                rank=worker.rank,
-                world=worker.world,
-                device=device,
-            )
+            part = extract(model, dataset, config, split, rank=worker.rank, world=worker.world, device=device)
             with tempfile.TemporaryDirectory(prefix="rarelens-features-") as scratch:
                 file = write_part(scratch, split, worker.rank, part)
                 run.storage.upload(file, f"{extraction.folder}/{file.name}")
-            worker.tell({"samples": len(part), "dim": part.x.shape[1], "world": worker.world})
+            worker.tell({"images": len(part.x), "dim": part.x.shape[1], "world": worker.world})

@@ -1,9 +1,9 @@
 """Features: the backbone's output for every sample, kept as Arrow files that stage two reads by memory map.
 
-On disk, in one folder: `SPLIT-PART.arrow` (Arrow IPC; a part is what one worker made) and `features.json`, written
-last: without it the features do not exist.
+On disk, in one folder: `SPLIT-PART.arrow` (Arrow IPC; a part is what one worker made, one view of its samples after the
+other) and `features.json`, written last: without it the features do not exist.
 
-Shapes: N samples, D feature.
+Shapes: N samples, V views of each, D feature.
 """
 
 from __future__ import annotations
@@ -13,17 +13,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import torch
 
 from cluster.errors import UserError
-
-if TYPE_CHECKING:
-    from data_pipeline.config import DataConfig
-    from data_pipeline.dataset import Dataset
-    from trainer.model import Classifier
+from trainer.stacked import StackedRows
 
 MANIFEST_FILE = "features.json"
 FORMAT_VERSION = 1
@@ -39,70 +34,20 @@ class Features:
         labels: Class numbers, int64 [N].
         groups: Patient or lesion, object [N].
         rows: Row of each sample in the split's Index, int64 [N].
-        x: Features, float16 [N, D]; a view of the memory map where the split is one part.
+        x: Features, float16 [V * N, D], view-major: row v * N + i is view v of sample i. What was read looks into the
+            memory maps.
+        views: V; view 0 is the image as it is evaluated, the others are augmented.
     """
 
     keys: np.ndarray
     labels: np.ndarray
     groups: np.ndarray
     rows: np.ndarray
-    x: np.ndarray
+    x: np.ndarray | StackedRows
+    views: int = 1
 
     def __len__(self) -> int:
         return len(self.rows)
-
-
-def extract(
-    model: Classifier,
-    dataset: Dataset,
-    data: DataConfig,
-    split: str,
-    *,
-    batch_size: int,
-    rank: int,
-    world: int,
-    device: torch.device,
-) -> Features:
-    """This worker's part of a split's features: test images through the backbone in evaluation mode.
-
-    Args:
-        model: The network; it is left in the mode in which it came.
-        dataset: The packed dataset.
-        data: How images are decoded.
-        split: `train`, `val` or `test`.
-        batch_size: Images a batch.
-        rank: Number of this worker.
-        world: Number of workers.
-        device: Where the model is.
-
-    Raises:
-        UserError: A feature is not finite in float16; the message names the sample.
-    """
-    from data_pipeline.loader import evaluation_batches
-
-    index = dataset.index(split)
-    rows, parts = [], []
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            for batch in evaluation_batches(
-                dataset, data, split, batch_size=batch_size, rank=rank, world=world, device=device
-            ):
-                rows.append(np.asarray(batch.rows, dtype=np.int64))
-                parts.append(model.features(batch.images).to(torch.float16).cpu().numpy())
-    finally:
-        model.train(was_training)
-    row = np.concatenate(rows) if rows else np.empty(0, dtype=np.int64)
-    x = np.concatenate(parts) if parts else np.empty((0, model.feature_dim), dtype=np.float16)
-    damaged = ~np.isfinite(x).all(axis=1)
-    if damaged.any():
-        key = index.key[row[damaged][0]]
-        raise UserError(
-            f"features of {damaged.sum()} {split} samples, {key} the first, are not finite in float16; "
-            "the training has diverged: train again with a lower stage_one.optimiser.lr"
-        )
-    return Features(index.key[row], index.label[row].astype(np.int64), index.group[row], row, x)
 
 
 def write_part(folder: str | Path, split: str, part: int, features: Features) -> Path:
@@ -112,23 +57,23 @@ def write_part(folder: str | Path, split: str, part: int, features: Features) ->
         folder: The features folder; made if needed.
         split: Name of the split.
         part: Number of the part, by convention the worker's rank.
-        features: What `extract` returned.
+        features: What `trainer.extraction.extract` returned.
 
     Returns:
         The file.
     """
     import pyarrow as pa
 
-    count, dim = features.x.shape
+    (total, dim), views = features.x.shape, features.views
     flat = pa.array(np.ascontiguousarray(features.x, dtype=np.float16).reshape(-1))
     table = pa.table(
         {
-            "key": pa.array(features.keys, pa.string()),
-            "label": pa.array(features.labels, pa.int32()),
-            "group": pa.array(features.groups, pa.string()),
-            "split": pa.array([split] * count, pa.string()),
-            "view": pa.array(np.zeros(count, dtype=np.int8)),
-            "row": pa.array(features.rows, pa.int64()),
+            "key": pa.array(np.tile(features.keys, views), pa.string()),
+            "label": pa.array(np.tile(features.labels, views), pa.int32()),
+            "group": pa.array(np.tile(features.groups, views), pa.string()),
+            "split": pa.array([split] * total, pa.string()),
+            "view": pa.array(np.repeat(np.arange(views, dtype=np.int8), len(features))),
+            "row": pa.array(np.tile(features.rows, views), pa.int64()),
             "embedding": pa.FixedSizeListArray.from_arrays(flat, dim),
         }
     )
@@ -142,7 +87,15 @@ def write_part(folder: str | Path, split: str, part: int, features: Features) ->
 
 
 def write_manifest(
-    folder: str | Path, *, backbone: str, checkpoint_sha256: str, dim: int, rows: Mapping[str, int], parts: int
+    folder: str | Path,
+    *,
+    backbone: str,
+    checkpoint_sha256: str,
+    dim: int,
+    rows: Mapping[str, int],
+    parts: int,
+    views: Mapping[str, int] | None = None,
+    made_with: Mapping[str, Any] | None = None,
 ) -> None:
     """Declare the features whole; called once, after every part is written.
 
@@ -155,13 +108,17 @@ def write_manifest(
         dim: D.
         rows: Samples of each split in the dataset's Index.
         parts: Files a split, numbered from 0; others in the folder are leftovers and not read.
+        views: V of each split; None = one.
+        made_with: What else decides the features, as JSON values.
 
     Raises:
         UserError: A part is missing or damaged, or a row is there twice.
     """
+    views = {split: (views or {}).get(split, 1) for split in rows}
     left_out = {}
     for split, count in rows.items():
-        made = _read_parts(folder, split, parts)["row"].to_numpy()
+        read = _read_parts(folder, split, parts, dim, views[split])
+        made = np.concatenate([part.rows for part in read])
         left_out[split] = np.setdiff1d(np.arange(count), made).tolist()
         _check_rows(folder, split, made, count, left_out[split])
     manifest = {
@@ -172,6 +129,8 @@ def write_manifest(
         "rows": dict(rows),
         "left_out": left_out,
         "parts": parts,
+        "views": views,
+        "made_with": dict(made_with or {}),
     }
     path = Path(folder) / MANIFEST_FILE
     unfinished = path.with_suffix(f".{os.getpid()}.partial")
@@ -180,7 +139,7 @@ def write_manifest(
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """`features.json`: backbone, checkpoint_sha256, dim, parts; rows and left_out by split.
+    """`features.json`: backbone, checkpoint_sha256, dim, parts, made_with; rows, left_out and views by split.
 
     Raises:
         UserError: There is none, or it is damaged or of another format.
@@ -200,8 +159,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 def read_features(folder: str | Path, split: str) -> Features:
     """All features of a split, in the order of its Index; samples whose image was damaged are left out.
 
-    A split of one part is not copied: `x` looks into the memory map, which the processes of a machine share. Several
-    parts are joined in memory, as float16.
+    Nothing is copied: `x` looks into the memory maps, which the processes of a machine share. Of one part and one view
+    it is an array, else a stack of such arrays.
 
     Args:
         folder: The features folder.
@@ -213,29 +172,65 @@ def read_features(folder: str | Path, split: str) -> Features:
     manifest = read_manifest(folder)
     if split not in manifest["rows"]:
         raise UserError(f"features {folder} have no split {split!r}, only {', '.join(manifest['rows'])}; {_REMEDY}")
-    table = _read_parts(folder, split, manifest["parts"])
-    rows = table["row"].to_numpy()
+    views = manifest.get("views", {}).get(split, 1)
+    parts = _read_parts(folder, split, manifest["parts"], manifest["dim"], views)
+    rows = np.concatenate([part.rows for part in parts])
     order = _check_rows(folder, split, rows, manifest["rows"][split], manifest["left_out"][split])
-    x = _matrix(table["embedding"], manifest["dim"], folder)
-    in_order = bool((order == np.arange(len(order))).all())
     return Features(
-        keys=table["key"].to_numpy(zero_copy_only=False)[order],
-        labels=table["label"].to_numpy()[order].astype(np.int64),
-        groups=table["group"].to_numpy(zero_copy_only=False)[order],
+        keys=np.concatenate([part.keys for part in parts])[order],
+        labels=np.concatenate([part.labels for part in parts]).astype(np.int64)[order],
+        groups=np.concatenate([part.groups for part in parts])[order],
         rows=rows[order],
-        x=x if in_order else x[order],
+        x=_stacked(parts, order),
+        views=views,
     )
+
+
+def _stacked(parts: list[Features], order: np.ndarray) -> np.ndarray | StackedRows:
+    """Parts as one, [V * N, D], the samples of each view in `order` [N]."""
+    views, filled = parts[0].views, [part for part in parts if len(part)]
+    blocks = [part.x[v * len(part) : (v + 1) * len(part)] for v in range(views) for part in filled]
+    x = blocks[0] if len(blocks) == 1 else StackedRows([(block, None) for block in blocks]) if blocks else parts[0].x
+    if np.array_equal(order, np.arange(len(order))):
+        return x
+    return StackedRows([(x, np.concatenate([v * len(order) + order for v in range(views)]))])
 
 
 def _part_path(folder: str | Path, split: str, part: int) -> Path:
     return Path(folder) / f"{split}-{part:03d}.arrow"
 
 
-def _read_parts(folder: str | Path, split: str, parts: int) -> Any:
-    """The parts of a split as one table that looks into their memory maps."""
+def _read_parts(folder: str | Path, split: str, parts: int, dim: int, views: int) -> list[Features]:
+    return [_read_part(_part_path(folder, split, part), dim, views) for part in range(parts)]
+
+
+def _read_part(path: Path, dim: int, views: int) -> Features:
+    """One worker's part; its features look into the file's memory map."""
     import pyarrow as pa
 
-    return pa.concat_tables([_read_part(_part_path(folder, split, part)) for part in range(parts)])
+    if not path.is_file():
+        raise UserError(f"features file {path} is missing; {_REMEDY}")
+    try:
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    except (pa.ArrowInvalid, OSError) as error:
+        message = " ".join(str(error).split())
+        raise UserError(f"features file {path} is truncated or damaged ({message}); {_REMEDY}") from None
+    samples, rest = divmod(len(table), views)
+    rows, view = table["row"].to_numpy(), table["view"].to_numpy()
+    in_turn = np.array_equal(view, np.repeat(np.arange(views), samples)) and not rest
+    if not in_turn or not np.array_equal(rows, np.tile(rows[:samples], views)):
+        raise UserError(
+            f"features file {path} does not hold {views} views of its samples, one after the other; {_REMEDY}"
+        )
+    first = table.slice(0, samples)
+    return Features(
+        keys=first["key"].to_numpy(zero_copy_only=False),
+        labels=first["label"].to_numpy(),
+        groups=first["group"].to_numpy(zero_copy_only=False),
+        rows=rows[:samples],
+        x=_matrix(table["embedding"], dim, path),
+        views=views,
+    )
 
 
 def _check_rows(folder: str | Path, split: str, rows: np.ndarray, count: int, left_out: list[int]) -> np.ndarray:
@@ -249,23 +244,11 @@ def _check_rows(folder: str | Path, split: str, rows: np.ndarray, count: int, le
     return order
 
 
-def _read_part(path: Path) -> Any:
-    import pyarrow as pa
-
-    if not path.is_file():
-        raise UserError(f"features file {path} is missing; {_REMEDY}")
-    try:
-        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    except (pa.ArrowInvalid, OSError) as error:
-        message = " ".join(str(error).split())
-        raise UserError(f"features file {path} is truncated or damaged ({message}); {_REMEDY}") from None
-
-
-def _matrix(column: Any, dim: int, folder: str | Path) -> np.ndarray:
+def _matrix(column: Any, dim: int, path: Path) -> np.ndarray:
     """A column of fixed-size lists as [N, D]; one chunk is a view, several are joined."""
     width = column.type.list_size
     if width != dim:
-        raise UserError(f"features {folder} have {width} values a sample, {MANIFEST_FILE} says {dim}; {_REMEDY}")
+        raise UserError(f"features file {path} has {width} values a sample, {MANIFEST_FILE} says {dim}; {_REMEDY}")
     chunks = [chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, dim) for chunk in column.chunks if len(chunk)]
     if not chunks:
         return np.empty((0, dim), dtype=np.float16)

@@ -78,7 +78,7 @@ class CachedForward(Generic[Outputs]):
                 for y, grad in zip(self._forward(part), of_output, strict=True)
                 if grad is not None
             ]
-            if k == last:
+            if k == 0:  # at ZeRO 3 what comes later is added to the gradient that the step before has left
                 own = zip(parameters, grads[len(self.output) :], strict=True)
                 products += [(p * grad).sum() for p, grad in own if grad is not None]
             backward(torch.stack([product.to(loss.dtype) for product in products]).sum(), k == last)

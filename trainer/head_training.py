@@ -11,7 +11,7 @@ kinds of heads differ in what they learn:
 The learning rate is in units of each kind's curvature, 1, s^2 and the mean square of stage one's logits, so that one
 range of rates serves all of them.
 
-Shapes: N training features, D feature, C classes, H heads, A of them active, B minibatch.
+Shapes: D feature, C classes, H heads, A of them active, B minibatch.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ class ScaledHeads:
         self._factor = torch.ones(len(specs), data.num_classes, dtype=data.dtype, device=data.device)
         self._velocity = torch.zeros_like(self._factor)
         squares = [self._own.logits(chunk).square().mean(dim=1).sum() for chunk in data.raw_chunks()]
-        self._curvature = (torch.stack(squares).sum() / len(data)).clamp_min(torch.finfo(data.dtype).tiny)
+        self._curvature = (torch.stack(squares).sum() / len(data.x)).clamp_min(torch.finfo(data.dtype).tiny)
 
     def inputs(self, rows: np.ndarray) -> Tensor:
         """Stage one's logits [B, C]."""

@@ -105,7 +105,7 @@ class CrossBatchMemory:
                 f"the checkpoint's memory holds embeddings of {rows.shape[1]} dimensions and the model makes "
                 f"{self._embeddings.shape[1]}; set model.embedding_dim and stage_one.loss.compare as they were"
             )
-        self._fill(rows.to(self._embeddings, copy=True), labels.to(self._labels, copy=True))
+        self._fill(rows.to(self._embeddings), labels.to(self._labels))
 
     def _fill(self, rows: Tensor, labels: Tensor) -> None:
         """Keep M of the rows, oldest first."""

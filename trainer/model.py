@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cluster.errors import UserError
+from trainer.classifiers import CosineLinear, UnitLinear, at_least_float32
 from trainer.config import ModelConfig
 from trainer.heads import Head
 
@@ -24,30 +25,6 @@ class Output(NamedTuple):
     features: Tensor  # [B, F] pooled backbone output; stage two works on these
     embeddings: Tensor  # [B, D], of unit length if the classifier was built with normalise
     logits: Tensor  # [B, C] of the stage-one classifier
-
-
-class CosineLinear(nn.Module):
-    """Logits that are `scale` times the cosine of feature and class weight, as margin losses want them.
-
-    Wang et al., CosFace, CVPR 2018 (arXiv:1801.09414), eq. 3; no bias.
-
-    Args:
-        feature_dim: F.
-        num_classes: C.
-        scale: s.
-    """
-
-    def __init__(self, feature_dim: int, num_classes: int, scale: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(nn.functional.normalize(torch.randn(num_classes, feature_dim), dim=1))
-        self.scale = scale
-
-    def forward(self, features: Tensor) -> Tensor:
-        """[B, F] -> [B, C], in float32 at least: s times the rounding of a bf16 cosine is a tenth of a logit."""
-        with torch.autocast(features.device.type, enabled=False):
-            features = nn.functional.normalize(_at_least_float32(features), dim=1)
-            weight = nn.functional.normalize(self.weight.to(features.dtype), dim=1)
-            return self.scale * features @ weight.T
 
 
 class Classifier(nn.Module):
@@ -94,13 +71,13 @@ class Classifier(nn.Module):
 
     def embed(self, features: Tensor) -> Tensor:
         """Embeddings [B, D] of features [B, F]: float32 at least, since similarities are divided by a temperature."""
-        embeddings = _at_least_float32(self.embedding(features))
+        embeddings = at_least_float32(self.embedding(features))
         return nn.functional.normalize(embeddings, dim=1) if self.normalise else embeddings
 
     def forward(self, images: Tensor) -> Output:
         """Images [B, 3, px, px], normalised -> `Output`; embeddings and logits are float32 under bf16 weights."""
         features = self.features(images)
-        logits = _at_least_float32(self.classifier(self.dropout(features)))
+        logits = at_least_float32(self.classifier(self.dropout(features)))
         return Output(features, self.embed(features), logits)
 
     def own_head(self) -> Head:
@@ -109,7 +86,7 @@ class Classifier(nn.Module):
         if isinstance(self.classifier, CosineLinear):
             weight = self.classifier.scale * nn.functional.normalize(weight, dim=1)
             return Head(weight, weight.new_zeros(len(weight)), normalise=True)
-        return Head(weight, self.classifier.bias.detach().clone())
+        return Head(weight, self.classifier.bias.detach().clone(), normalise=isinstance(self.classifier, UnitLinear))
 
     def train(self, mode: bool = True) -> Classifier:
         """As `nn.Module.train`; frozen batch norms stay on their running statistics (their scale and bias learn)."""
@@ -274,7 +251,3 @@ def _no_such_size(name: str, image_px: int, error: Exception) -> str:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()

@@ -31,12 +31,20 @@ class NonFiniteGuard:
     Args:
         worker: This rank.
         config: Stage one's configuration.
+        lr_setting: What the learning rate is called in the user's configuration.
         skipped: Steps that the run has left out so far.
         last_checkpoint: Where the newest checkpoint lies below the run folder; None without any.
     """
 
-    def __init__(self, worker: Worker, config: StageOneConfig, skipped: int = 0, last_checkpoint: str | None = None):
-        self._worker, self._config = worker, config
+    def __init__(
+        self,
+        worker: Worker,
+        config: StageOneConfig,
+        lr_setting: str = "stage_one.optimiser.lr",
+        skipped: int = 0,
+        last_checkpoint: str | None = None,
+    ):
+        self._worker, self._config, self._lr_setting = worker, config, lr_setting
         self.skipped, self.last_checkpoint = skipped, last_checkpoint
         self._kept: list[Tensor] = []
 
@@ -70,7 +78,7 @@ class NonFiniteGuard:
             good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
             left_out = f", after {self.skipped - 1} steps left out" if self.skipped > 1 else ""
             raise UserError(
-                f"{what} at {where}{left_out}; the weights were not updated, {good}; lower stage_one.optimiser.lr = "
+                f"{what} at {where}{left_out}; the weights were not updated, {good}; lower {self._lr_setting} = "
                 f"{self._config.optimiser.lr:g}, or raise stage_one.skip_nonfinite_steps = "
                 f"{self._config.skip_nonfinite_steps}, and give another run=..."
             )

@@ -13,9 +13,10 @@ from cluster.run import TIMINGS_FILE, RunFolder
 from data_pipeline.audit import audit
 from data_pipeline.dataset import SPLITS, Dataset
 from trainer.config import TrainerConfig
-from trainer.evaluate import DESCRIPTIONS, METRICS_FILE, MODEL_FOLDER
+from trainer.evaluate import DESCRIPTIONS, METRICS_FILE, MODEL_FOLDER, MODEL_NAMES
 from trainer.export import library_versions
 from trainer.findings import Gain, ReportInputs, ResultRow
+from trainer.finetune import CHOICE_FILE
 from trainer.heads import KNOBS
 from trainer.report import write_report
 
@@ -47,6 +48,7 @@ def report_inputs(config: TrainerConfig, dataset: Dataset, run: RunFolder) -> Re
     stage_two = run.fetch("stage_two")
     search = pq.read_table(stage_two / "results.parquet").to_pylist()
     winner = run.need_json("stage_two/winner.json", "rarelens stage-two")
+    fine_tuned = run.read_json(CHOICE_FILE) or {}
     knobs = KNOBS[winner["family"]]
     detail = ", ".join(f"{name} {_short(winner[name])}" for name in knobs if name not in ("batch_size", "seed"))
     rows = [ResultRow.read(row) for row in metrics["rows"]]
@@ -58,11 +60,12 @@ def report_inputs(config: TrainerConfig, dataset: Dataset, run: RunFolder) -> Re
         class_counts={split: dataset.class_counts(split).tolist() for split in SPLITS},
         rows=[replace(row, detail=detail) if row.name == "winner" else row for row in rows],
         own_confusion=metrics["confusion"]["own"],
-        winner_confusion=metrics["confusion"]["winner"],
+        winner_confusion=metrics["confusion"][metrics["model"]],
         test_groups=metrics["test"]["groups"],
         history=run.read_log(),
         search=search,
-        choice=winner,
+        choice={**winner, "fine_tuning": fine_tuned.get("says")},
+        winner=metrics["model"],
         gain=_gain(metrics, "own"),
         gain_over_baseline=_gain(metrics, "baseline"),
         select_by=winner["select_by"],
@@ -94,7 +97,7 @@ def example_images(dataset: Dataset, seed: int) -> list[list[bytes]]:
 
 
 def _gain(metrics: dict[str, Any], over: str) -> Gain | None:
-    found = metrics["differences"].get(f"winner - {DESCRIPTIONS[over]}")
+    found = metrics["differences"].get(f"{MODEL_NAMES[metrics['model']]} - {DESCRIPTIONS[over]}")
     return Gain(found["value"], tuple(found["interval"])) if found else None
 
 

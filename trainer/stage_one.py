@@ -6,9 +6,7 @@ Shapes: B images of this rank in a step, V views of each, D embedding, C classes
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,10 +28,19 @@ from trainer.schedule import learning_rate
 from trainer.stage_checkpoint import restore_checkpoint, save_checkpoint
 from trainer.step_log import StepLog
 from trainer.trainee import Trainee, build_trainee
-from trainer.validation import average_batch_norm, validate
+from trainer.validation import ready_to_evaluate, validate
+
+if TYPE_CHECKING:
+    from trainer.starting_point import StartingPoint
 
 
-def train_stage_one(config: TrainerConfig, dataset: Dataset, run: RunFolder, name: str = "stage_one") -> dict[str, Any]:
+def train_stage_one(
+    config: TrainerConfig,
+    dataset: Dataset,
+    run: RunFolder,
+    name: str = "stage_one",
+    start: StartingPoint | None = None,
+) -> dict[str, Any]:
     """Train on all workers, from the last checkpoint if there is one, and choose the best epoch on val.
 
     Args:
@@ -42,6 +49,7 @@ def train_stage_one(config: TrainerConfig, dataset: Dataset, run: RunFolder, nam
         run: The run folder; checkpoints go to `NAME/`, log lines to `log.jsonl`, events to `tensorboard/NAME`, what
             DeepSpeed was given to `NAME/deepspeed.json`.
         name: `stage_one`, or another name for another training in the same run.
+        start: What the training goes on from; None = the starting weights of the configuration.
 
     Returns:
         `checkpoint` (path below the run folder), `epoch`, `metrics` on val of the best epoch, and `seconds`; kept as
@@ -73,7 +81,7 @@ def train_stage_one(config: TrainerConfig, dataset: Dataset, run: RunFolder, nam
 
         outcome = run_workers(
             train_on_worker,
-            {"config": config, "dataset_uri": dataset.uri, "name": name},
+            {"config": config, "dataset_uri": dataset.uri, "name": name, "start": start},
             name=name,
             run_uri=run.uri,
             cluster=config.cluster,
@@ -104,7 +112,13 @@ def train_baseline(config: TrainerConfig, dataset: Dataset, run: RunFolder) -> d
     return train_stage_one(config.model_copy(update={"stage_one": stage}), dataset, run, "baseline")
 
 
-def train_on_worker(worker: Worker, config: TrainerConfig, dataset_uri: str, name: str = "stage_one") -> None:
+def train_on_worker(
+    worker: Worker,
+    config: TrainerConfig,
+    dataset_uri: str,
+    name: str = "stage_one",
+    start: StartingPoint | None = None,
+) -> None:
     """The loop on one worker, all ranks in step.
 
     Args:
@@ -112,6 +126,7 @@ def train_on_worker(worker: Worker, config: TrainerConfig, dataset_uri: str, nam
         config: The configuration.
         dataset_uri: The packed dataset.
         name: Folder of the checkpoints below the run folder.
+        start: What the training goes on from; None = the starting weights of the configuration.
 
     Raises:
         UserError: The loss was not finite, too many images are damaged, or the configuration does not fit the data.
@@ -132,8 +147,8 @@ def train_on_worker(worker: Worker, config: TrainerConfig, dataset_uri: str, nam
         epochs=stage.epochs,
         dtype=AUTOCAST_DTYPES[stage.precision] or torch.float32,
     )
-    trainee = build_trainee(worker, config, dataset.class_counts("train"), loader, device, name)
-    engine, average = trainee.engine, trainee.average
+    trainee = build_trainee(worker, config, dataset.class_counts("train"), loader, device, name, start)
+    engine = trainee.engine
     log = StepLog(worker, loader, stage, dataset.classes)
     first_epoch = restore_checkpoint(worker, trainee, config)
     if worker.rank == 0:
@@ -145,12 +160,8 @@ def train_on_worker(worker: Worker, config: TrainerConfig, dataset_uri: str, nam
         train_epoch(worker, trainee, config, epoch, log)
 
         # --- validation, all ranks
-        engine.train(False)
-        average_batch_norm(engine.model)
-        predict: Callable[[torch.Tensor], Output] = engine
-        if average is not None:
-            average_batch_norm(average.model)
-            predict = partial(engine.run, average.model.eval())
+        reestimate = start is not None and start.reestimate_batch_norm
+        predict = ready_to_evaluate(trainee, loader.epoch(epoch) if reestimate else None)
         metrics = validate(predict, dataset, config, worker, device)
         metrics = {"epoch": epoch, "step": (epoch + 1) * loader.steps_per_epoch, **metrics}
         if worker.rank == 0:

@@ -8,7 +8,12 @@ The features that SGD sees are standardised and divided by sqrt(D), so that thei
 curvature, and with it the useful range of the learning rate, is then much the same for every backbone. Afterwards the
 standardisation is folded into weight and bias.
 
-Shapes: N training features, D feature, C classes, H heads, B minibatch.
+Where images have several views, an epoch still has as many draws as there are images: each draw takes the next view of
+its image. Class counts are those of images. Closed forms see view 0 only, which is how images are evaluated: the mean
+over augmented views would be that of other images than those that are classified.
+
+Shapes: N training images, V views of each, M training features (N * V where all have V views), D feature, C classes,
+H heads, B minibatch.
 """
 
 from __future__ import annotations
@@ -38,9 +43,11 @@ class TrainingSet:
     """Training features with what every head needs of them, computed once.
 
     Args:
-        x: Features [N, D], any float type; may be a memory map.
-        labels: [N].
-        class_counts: Training samples of each class [C], for the prior.
+        x: Features [M, D], any float type; may be a memory map.
+        labels: [N] of the images.
+        class_counts: Training images of each class [C], for the prior.
+        view_rows: int64 [V, N], the row of x that is view v of an image; an image with fewer views has some of them
+            several times. None = one view, row i of image i.
         device: Where heads are trained.
         dtype: Arithmetic of the training and type of the heads.
         memory_bytes: Budget: standardised features are held if they fit into half of it, else made batch by batch;
@@ -56,17 +63,24 @@ class TrainingSet:
         labels: np.ndarray,
         class_counts: np.ndarray,
         *,
+        view_rows: np.ndarray | None = None,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         memory_bytes: int = MEMORY_BYTES,
     ):
-        assert len(x) == len(labels), f"{len(x)} features, {len(labels)} labels"
+        labels = np.asarray(labels, dtype=np.int64)
+        view_rows = np.arange(len(x))[None] if view_rows is None else view_rows
+        assert view_rows.shape[1] == len(labels), f"{view_rows.shape[1]} images, {len(labels)} labels"
         self.x, self.num_classes, self.dim = x, len(class_counts), x.shape[1]
         self.class_counts = np.asarray(class_counts)
         self.log_prior = log_prior(class_counts)
         self.device, self.dtype, self.memory_bytes = device, dtype, memory_bytes
-        self.labels = torch.from_numpy(np.asarray(labels, dtype=np.int64)).to(device)
-        self.rows_of_class = _rows_of_class(np.asarray(labels), self.num_classes)
+        of_row = np.full(len(x), -1)
+        of_row[view_rows] = labels
+        assert of_row.min() >= 0, "features of no image"
+        self.labels = torch.from_numpy(of_row).to(device)  # of each row of x, not of each image
+        self._first_view = view_rows[0]
+        self.rows_of_class = [view_rows[:, images] for images in _images_of_class(labels, self.num_classes)]
         self.mean, self.std = self._moments()
         self.scale = 1 / (torch.where(self.std > _CONSTANT_STD, self.std, 1.0) * self.dim**0.5)
         self._held: Tensor | None = None
@@ -74,7 +88,8 @@ class TrainingSet:
             self._held = torch.cat([self._standardise(chunk) for _, chunk in _chunks(x)])
 
     def __len__(self) -> int:
-        return len(self.labels)
+        """Images."""
+        return len(self._first_view)
 
     def batch(self, rows: np.ndarray) -> Tensor:
         """Standardised features [B, D] of mean squared length 1."""
@@ -98,12 +113,13 @@ class TrainingSet:
 
     @cached_property
     def class_means(self) -> Tensor:
-        """Mean raw feature of each class, [C, D]."""
+        """Mean raw feature of each class, view 0 of its images, [C, D]."""
         sums = torch.zeros(self.num_classes, self.dim, dtype=torch.float64)
-        labels = self.labels.cpu()
-        for start, chunk in _chunks(self.x):
+        seen = StackedRows([(self.x, self._first_view)])
+        labels = self.labels.cpu()[torch.from_numpy(self._first_view)]
+        for start, chunk in _chunks(seen):
             sums.index_add_(0, labels[start : start + len(chunk)], torch.from_numpy(chunk.astype(np.float64)))
-        sizes = torch.tensor([len(rows) for rows in self.rows_of_class], dtype=torch.float64)
+        sizes = torch.tensor([rows.shape[1] for rows in self.rows_of_class], dtype=torch.float64)
         return (sums / sizes[:, None]).to(self.dtype)
 
     def _moments(self) -> tuple[Tensor, Tensor]:
@@ -175,16 +191,17 @@ def sample_orders(
 
     Each class gets its share of the draws (p_c * N, rounded fairly), and serves them from shuffled rounds through its
     samples, so that all of them are seen equally often, to within one round. q = 1 is then plain shuffling: every
-    sample once.
+    sample once. Of a sample's views each round takes the next one, in an order of the sample's own.
 
     Args:
-        rows_of_class: Row numbers of each class.
+        rows_of_class: Row numbers of each class, [n_c], or [V, n_c] where a sample has several views.
         power: q.
         seed: Together with the other arguments it determines everything.
         progressive_epochs: T: in epoch t the probabilities are (1 - t / (T - 1)) natural + t / (T - 1) those of
             `power` (progressively-balanced sampling; Kang et al. 2020, arXiv:1910.09217, eq. 2). None = no change.
     """
-    counts = np.array([len(rows) for rows in rows_of_class])
+    tables = [np.atleast_2d(rows) for rows in rows_of_class]
+    counts = np.array([table.shape[1] for table in tables])
     final = probabilities = class_probabilities(counts, power)
     natural = class_probabilities(counts, 1.0)
     rng = generator(seed, "stage two order")
@@ -197,14 +214,23 @@ def sample_orders(
         for c, share in enumerate(apportion(probabilities, int(counts.sum()), rng)):
             missing = int(share) - len(waiting[c])
             if missing > 0:
-                rounds = np.tile(rows_of_class[c], (-(-missing // counts[c]), 1))
+                rounds = _rounds(tables[c], -(-missing // counts[c]), rng)
                 waiting[c] = np.concatenate([waiting[c], rng.permuted(rounds, axis=1).ravel()])
             drawn.append(waiting[c][:share])
             waiting[c] = waiting[c][share:]
         yield rng.permutation(np.concatenate(drawn))
 
 
-def predict(heads: Sequence[Head], x: np.ndarray, device: str = "cpu") -> np.ndarray:
+def _rounds(views: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:
+    """`number` rounds or more through samples with rows [V, n], int64 [R, n]: each row once in V rounds."""
+    cycles = -(-number // len(views))
+    rounds = np.tile(views, (cycles, 1))
+    if len(views) > 1:
+        rounds = rng.permuted(rounds.reshape(cycles, *views.shape), axis=1).reshape(-1, views.shape[1])
+    return rounds
+
+
+def predict(heads: Sequence[Head], x: np.ndarray | StackedRows, device: str = "cpu") -> np.ndarray:
     """Class numbers int64 [H, N] that each head gives to features [N, D]; heads of one kind in one product."""
     predictions = np.empty((len(heads), len(x)), dtype=np.int64)
     for normalise in (False, True):
@@ -254,8 +280,8 @@ def _train_together(specs: list[HeadSpec], data: TrainingSet, own: Head) -> list
     return sgd.finished()
 
 
-def _rows_of_class(labels: np.ndarray, num_classes: int) -> list[np.ndarray]:
-    """Row numbers of each class."""
+def _images_of_class(labels: np.ndarray, num_classes: int) -> list[np.ndarray]:
+    """Numbers of the images of each class."""
     order = np.argsort(labels, kind="stable")
     sizes = np.bincount(labels, minlength=num_classes)
     if len(sizes) > num_classes or not sizes.all():

@@ -34,15 +34,16 @@ class StepLog:
         self._steps, self._anchors = 0, 0
         self._masked: list[Tensor] = []
         self._since = self._paused_at = time.perf_counter()
-        self._waited = loader.wait_s
+        self._waited = self._waited_at_pause = loader.wait_s
 
     def resume(self) -> None:
-        """Steps begin, or go on after a validation, whose time is not theirs."""
+        """Steps begin, or go on after a validation, whose time and waiting are not theirs."""
         self._since += time.perf_counter() - self._paused_at
+        self._waited += self._loader.wait_s - self._waited_at_pause
 
     def pause(self) -> None:
         """Steps end, or stop for a validation."""
-        self._paused_at = time.perf_counter()
+        self._paused_at, self._waited_at_pause = time.perf_counter(), self._loader.wait_s
 
     def step(self, step: int, epoch: int, lr: float, evaluation: Evaluation, engine: Engine) -> None:
         """Count a step; on each `log_every_steps`-th one all ranks take part, and rank 0 tells.

@@ -33,7 +33,7 @@ def print_summary(run: RunFolder) -> None:
             f"{row['macro_f1']:.3f}",
             f"{row['worst_recall']:.3f}",
             *("-" if row[tier] is None else f"{row[tier]:.3f}" for tier in TIERS),
-            style="bold" if row["name"] == "winner" else None,
+            style="bold" if row["name"] == metrics["model"] else None,
         )
     console = Console()
     console.width = max(console.width, TABLE_COLUMNS)  # a file or a job's log has no width; 80 would cut the table

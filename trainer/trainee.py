@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from trainer.nonfinite import NonFiniteGuard
 from trainer.objective import Objective
 from trainer.pool_size import check_pool_fits
 from trainer.weight_average import WeightAverage
+
+if TYPE_CHECKING:
+    from trainer.starting_point import StartingPoint
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ def build_trainee(
     loader: TrainLoader,
     device: torch.device,
     name: str = "stage_one",
+    start: StartingPoint | None = None,
 ) -> Trainee:
     """Put it together as the configuration says. Every rank takes part.
 
@@ -61,6 +66,7 @@ def build_trainee(
         loader: This rank's batches.
         device: Where the network goes.
         name: Folder of the checkpoints below the run folder.
+        start: What the training goes on from; None = the starting weights of the configuration.
 
     Raises:
         UserError: The backbone, its weights, the losses, the pool or DeepSpeed's settings do not fit.
@@ -68,7 +74,10 @@ def build_trainee(
     stage, num_classes, counts = config.stage_one, len(class_counts), torch.from_numpy(class_counts)
     # Every rank builds the same weights from the same seed; DeepSpeed broadcasts rank 0's besides.
     torch.manual_seed(config.seed)
-    model = build_model(config.model, num_classes, config.data.image_px, normalise=stage.loss.normalise).to(device)
+    model = build_model(config.model, num_classes, config.data.image_px, normalise=stage.loss.normalise)
+    if start is not None:
+        start.prepare(model, config.model.backbone)
+    model.to(device)
     if config.model.sync_batch_norm:
         synchronise_batch_norm(model)
 
@@ -89,5 +98,5 @@ def build_trainee(
         objective=Objective(stage, classification.to(device), metric_loss, memory),
         memory=memory,
         loader=loader,
-        guard=NonFiniteGuard(worker, stage),
+        guard=NonFiniteGuard(worker, stage, "stage_one.optimiser.lr" if start is None else "fine_tune.lr"),
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,31 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cluster.launch import Worker
 from data_pipeline.dataset import Dataset
-from data_pipeline.loader import evaluation_batches
+from data_pipeline.loader import Batch, evaluation_batches
 from trainer.config import TrainerConfig
 from trainer.metrics import METRICS
 from trainer.model import Output
+from trainer.trainee import Trainee
+
+
+def ready_to_evaluate(trainee: Trainee, batches: Iterable[Batch] | None = None) -> Callable[[Tensor], Output]:
+    """The network that is evaluated, in evaluation mode and the same on every rank. Every rank takes part.
+
+    Args:
+        trainee: Its moving average is evaluated where it has one.
+        batches: Of this rank, on which batch norm's statistics are re-estimated; None = those of training are kept.
+    """
+    engine, average = trainee.engine, trainee.average
+    engine.train(False)
+    average_batch_norm(engine.model)
+    model, predict = engine.model, engine.__call__
+    if average is not None:
+        model, predict = average.model, partial(engine.run, average.model)
+        average_batch_norm(model)
+    if batches is not None:
+        reestimate_batch_norm(model, predict, batches)
+    model.eval()
+    return predict
 
 
 def average_batch_norm(model: nn.Module) -> None:
@@ -32,6 +54,31 @@ def average_batch_norm(model: nn.Module) -> None:
     flat /= dist.get_world_size()
     for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):  # type: ignore[union-attr]
         buffer.copy_(mean.view_as(buffer))  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+def reestimate_batch_norm(model: nn.Module, predict: Callable[[Tensor], Output], batches: Iterable[Batch]) -> None:
+    """Running statistics of the weights as they are: plain means over batches, then over ranks. Every rank takes part.
+
+    Those of training belong to weights that have changed since, and weigh the last batches most. With a sampling of its
+    own this is the shift that Zhong et al. (MiSLAS, CVPR 2021, arXiv:2104.00466, section 3.3) ask for.
+
+    Args:
+        model: Its running statistics are replaced.
+        predict: Runs the model, which is in training mode meanwhile, without learning.
+        batches: Of this rank; as many on every rank.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # torch's word for a plain mean
+    model.train()
+    for batch in batches if norms else ():
+        predict(batch.images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    average_batch_norm(model)
 
 
 @torch.no_grad()

@@ -79,6 +79,22 @@ def lower_bound(judge: Judge, predictions: np.ndarray) -> tuple[float, float]:
     return float(scores.mean()), float(scores.mean() - ONE_SIDED_95 * np.sqrt(of_val + of_seeds))
 
 
+def paired_lower_bound(judge: Judge, ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
+    """By how much one model scores higher than another, and a one-sided 95 % lower bound of it.
+
+    Paired: both are scored on the same resamples of val's groups, and what makes one hard for both cancels out.
+
+    Args:
+        judge: Labels, groups and metric.
+        ours: Predictions [N].
+        theirs: Predictions [N].
+    """
+    both = np.stack([ours, theirs])
+    scores, resampled = judge.scores(both), judge.resampled(both)
+    difference = float(scores[0] - scores[1])
+    return difference, difference - ONE_SIDED_95 * float((resampled[0] - resampled[1]).std())
+
+
 def luck(judge: Judge, predictions: np.ndarray) -> float:
     """By how much the best of so many heads would seem better than it is, if all were equally good.
 

@@ -79,7 +79,13 @@ def training_sets(
 
 
 def training_set(train: Features, val: Features, rows: np.ndarray, num_classes: int, device: str) -> TrainingSet:
-    """Train and some rows of val, as one set; nothing is copied."""
-    x = StackedRows([(train.x, None), (val.x, rows)]) if len(rows) else train.x
-    labels = np.concatenate([train.labels, val.labels[rows]])
-    return TrainingSet(x, labels, np.bincount(labels, minlength=num_classes), device=device)
+    """Train, in all its views, and some rows of val, which have one, as one set; nothing is copied."""
+    labels, views = np.concatenate([train.labels, val.labels[rows]]), train.views
+    view_rows = np.arange(len(train.x)).reshape(views, -1)
+    x: np.ndarray | StackedRows = train.x
+    if len(rows):
+        x = StackedRows([(train.x, None), (val.x, rows)])
+        of_val = np.tile(np.arange(len(train.x), len(x)), (views, 1))
+        view_rows = np.concatenate([view_rows, of_val], axis=1)
+    counts = np.bincount(labels, minlength=num_classes)
+    return TrainingSet(x, labels, counts, view_rows=view_rows, device=device)

@@ -181,7 +181,7 @@ class _Rounds:
             num_classes=self._num_classes,
             select_by=self.config.select_by,
             folds=self.folds,
-            storage_uri=f"{self._storage_uri}/{name}-{_fingerprint(self._features, self.own, settings, specs)}",
+            storage_uri=f"{self._storage_uri}/{name}-{fingerprint(self._features, self.own, settings, specs)}",
             device="cuda" if self._gpus else "cpu",
             keep=keep,
         )
@@ -196,7 +196,7 @@ class _Rounds:
         return row, says
 
 
-def _fingerprint(features_folder: str | Path, own: Head, settings: list[Any], specs: list[HeadSpec]) -> str:
+def fingerprint(features_folder: str | Path, own: Head, settings: list[Any], specs: list[HeadSpec]) -> str:
     """Short hash of everything that decides what the blocks contain."""
     parts = [
         (Path(features_folder) / MANIFEST_FILE).read_bytes(),

@@ -20,7 +20,7 @@ import torch
 from cluster.solo import SoloWorker, solo_process_group
 from cluster.storage import Storage, open_storage
 from data_pipeline.dataset import Dataset, open_dataset
-from trainer.features import extract
+from trainer.extraction import extract
 from trainer.stage_checkpoint import load_classifier
 from trainer.stage_one import train_on_worker
 from trainer.stage_two import make_heads, predict
@@ -131,8 +131,7 @@ def judge(config: Config, dataset: Dataset, checkpoint: Path, device: str) -> di
     classes = len(dataset.classes)
     where = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
     model = load_classifier(checkpoint, config, classes).to(where)
-    options: dict[str, Any] = {"batch_size": config.features.batch_size, "rank": 0, "world": 1, "device": where}
-    train, val = (extract(model, dataset, config.data, split, **options) for split in ("train", "val"))
+    train, val = (extract(model, dataset, config, split, device=where) for split in ("train", "val"))
     own = model.cpu().own_head()
     wanted = config.stage_two
     specs = draw_specs(StageTwoConfig(**{**wanted.model_dump(), "heads": config.search.heads}), config.seed)
