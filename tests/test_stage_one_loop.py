@@ -24,6 +24,8 @@ TOGETHER = {
     "memory": {"rows": 96, "start_epoch": 0.5},
     "loss": {"name": "proxy_anchor", "lr_ratio": 5.0, "warmup_epochs": 0.5},
 }
+MARGINS = {"classification": {"name": "ldam", "reweight_from": 0.5}, "loss": {"name": "centre", "compare": "feature"}}
+COSINE = {**FROZEN, "cosine_scale": 30.0}
 POISONED_STEP = 3
 
 
@@ -67,6 +69,8 @@ def on_two_ranks(rank, world, folder):
         "stopped": failure("stopped", {"epochs": 2}, model=FROZEN),
         "skipped": run("skipped", {"skip_nonfinite_steps": 1}, change=poison),
         "too_many": failure("too_many", {"skip_nonfinite_steps": 1, "epochs": 2}),
+        "margins": run("margins", MARGINS, model=COSINE),
+        "half": run("half", {"precision": "fp16"}, model=FROZEN),
         "mixed": run("mixed", {"loss": {"name": "none"}}, data={"mix": {"mixup_alpha": 0.4}}, model=FROZEN),
     }
 
@@ -107,6 +111,8 @@ def on_one_rank(rank, world, folder):
     def run(name, stage_one, **sections):
         return loop(rank, world, config_of(folder, name, stage_one, **sections), Path(folder))
 
+    with pytest.raises(UserError, match=r"^a pool of 1,000,000,000,064 rows x 8 needs .* lower stage_one.memory.rows"):
+        run("no_room", {"memory": {"rows": 10**12, "start_epoch": 0}})
     with pytest.raises(UserError) as error:
         run("moved1", {"epochs": 2, "zero_stage": 1}, model=FROZEN)
     return {
@@ -245,6 +251,22 @@ def test_mixed_images_are_learnt_by_the_classification_loss_alone(two_ranks):
     lines = steps(two_ranks[0]["mixed"])
     assert len(lines) == STEPS_PER_EPOCH
     assert all(line["loss"] == line["cross_entropy"] and "metric_loss" not in line for line in lines.values())
+
+
+def test_margins_train_a_cosine_classifier_that_later_steps_read(folder, two_ranks):
+    lines = steps(two_ranks[0]["margins"])
+    assert len(lines) == STEPS_PER_EPOCH and lines[5]["metric_loss"] < lines[1]["metric_loss"]
+    model = load_classifier(folder / "margins" / "epoch-0000", config_of(folder, "margins", MARGINS, model=COSINE), 16)
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    output = model(images)
+    torch.testing.assert_close(model.own_head().logits(output.features), output.logits)
+    assert output.logits.abs().max() <= 30
+
+
+def test_fp16_logs_its_loss_scale(two_ranks):
+    lines = steps(two_ranks[0]["half"])
+    assert lines and all(math.isfinite(line["loss"]) and line["loss_scale"] >= 1 for line in lines.values())
+    assert "loss_scale" not in steps(two_ranks[0]["together"])[1]
 
 
 def test_the_average_is_what_later_steps_read(folder, two_ranks):

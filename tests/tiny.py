@@ -20,7 +20,12 @@ def tiny_config(images: Path, run: Path | str, **sections: dict[str, Any]) -> Co
         "model": {"backbone": "test_resnet", "hidden_dim": 16, "embedding_dim": 8},
         "stage_one": {"epochs": 2, "batch_size": 16, "log_every_steps": 1, "optimiser": {"warmup_epochs": 0.5}},
         "features": {"batch_size": 32},
-        "stage_two": {"heads": 24, "heads_per_trial": 8},
+        "stage_two": {
+            "heads": 24,
+            "heads_per_trial": 12,
+            "families": ["crt", "logit_adjustment", "tau_norm"],
+            "seeds": 1,
+        },
         "evaluation": {"bootstrap_samples": 100},
         "cluster": {"workers": 2, "device": "cpu", "cpus_per_worker": 0.5},
     }

@@ -160,8 +160,8 @@ class StageOneConfig(Section):
                 raise ValueError(f"deepspeed.{key} is for this program to set; set stage_one.{remedy} instead")
         if self.compile and self.zero_stage == 3:
             raise ValueError(
-                "compile = True and zero_stage = 3 do not go together, DeepSpeed's hooks cut the graph at every layer; set "
-                "zero_stage: 2 or compile: false"
+                "compile = True and zero_stage = 3 do not go together, DeepSpeed's hooks cut the graph at every layer; "
+                "set zero_stage: 2 or compile: false"
             )
         if self.optimiser.name in LAYERWISE_OPTIMISERS and self.zero_stage > 0:
             raise ValueError(

@@ -153,6 +153,8 @@ class Engine:
             ) from error
         self._network, self._zero_stage = network, config.zero_stage
         self._parameters = list(network.parameters())
+        if world == 1 and self._zero_stage == 0:
+            self._engine.enable_backward_allreduce = False  # nothing to average: two copies of the gradient less
         if self._zero_stage == 3:
             # The loss reads them after the network's forward pass: they are gathered with it and stay until the step.
             for parameter in network.of_loss:
@@ -249,6 +251,9 @@ class Engine:
 
     def _gradient_is_finite(self) -> bool:
         """At ZeRO 0, after backward: every rank has the whole averaged gradient, so all of them see the same."""
+        for parameter in self._parameters:
+            if parameter.grad is None and parameter.requires_grad:  # as averaging does: unused weights decay, too
+                parameter.grad = torch.zeros_like(parameter)
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         if self._scaler is not None:
             torch._foreach_mul_(gradients, 1 / self._scaler.cur_scale)

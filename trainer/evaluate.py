@@ -67,8 +67,9 @@ def evaluate(config: TrainerConfig, dataset: Dataset, run: RunFolder) -> dict[st
 
     Returns:
         What `metrics.json` holds: `test` (samples, groups, reads), `rows` (the table), `model` (the row that is the
-        model: `winner`, or `fine_tuned` where that was better on val), `confusion` [C, C] of `own`, `winner` and the
-        model, `differences` of balanced accuracy with paired 95 % intervals, `temperature` of the model.
+        model: `winner`, or `fine_tuned` where that was better on val), `fine_tuning` (why, in words; None where it was
+        off), `confusion` [C, C] of `own`, `winner` and the model, `differences` of balanced accuracy with paired 95 %
+        intervals, `temperature` of the model.
     """
     done = run.read_json(METRICS_FILE)
     if done is not None:
@@ -81,15 +82,28 @@ def evaluate(config: TrainerConfig, dataset: Dataset, run: RunFolder) -> dict[st
     choice = run.read_json(CHOICE_FILE) if NAME in candidates else None
     model = candidates[NAME if choice and choice["chosen"] else "winner"]
 
-    test = model.test
-    tiers = metrics.class_tiers(
-        dataset.class_counts("train"), config.evaluation.many_above, config.evaluation.few_below
-    )
     judged = {name: _judged(candidate) for name, candidate in candidates.items()}
-    held_out = HeldOutSet(test.labels, test.groups, tiers, config.evaluation.bootstrap_samples, config.seed)
     result = {
-        "test": {"samples": len(test), "groups": len(np.unique(test.groups)), "reads": reads},
+        "test": {"samples": len(model.test), "groups": len(np.unique(model.test.groups)), "reads": reads},
         "model": model.name,
+        "fine_tuning": choice and choice["says"],
+        **_figures(config, dataset, judged, model),
+        "temperature": model.temperature,
+    }
+    probabilities = judged[model.name].probabilities
+    _write_predictions(run.path(PREDICTIONS_FILE), model.test, dataset.classes, probabilities)
+    _write_model(config, dataset, run, model)
+    run.publish(MODEL_FOLDER)
+    run.write_json(METRICS_FILE, result)
+    return result
+
+
+def _figures(config: TrainerConfig, dataset: Dataset, judged: dict[str, Judged], model: Candidate) -> dict[str, Any]:
+    """Rows, confusions and differences on test."""
+    test, wanted = model.test, config.evaluation
+    tiers = metrics.class_tiers(dataset.class_counts("train"), wanted.many_above, wanted.few_below)
+    held_out = HeldOutSet(test.labels, test.groups, tiers, wanted.bootstrap_samples, config.seed)
+    return {
         "rows": result_rows(list(judged.values()), held_out),
         "confusion": {
             name: metrics.confusion(test.labels, judged[name].predictions, len(tiers)).tolist()
@@ -97,15 +111,9 @@ def evaluate(config: TrainerConfig, dataset: Dataset, run: RunFolder) -> dict[st
         },
         "differences": {
             title: difference(judged[ours], judged[other], held_out)
-            for title, ours, other in _pairs(model.name, candidates)
+            for title, ours, other in _pairs(model.name, judged)
         },
-        "temperature": model.temperature,
     }
-    _write_predictions(run.path(PREDICTIONS_FILE), test, dataset.classes, judged[model.name].probabilities)
-    _write_model(config, dataset, run, model)
-    run.publish(MODEL_FOLDER)
-    run.write_json(METRICS_FILE, result)
-    return result
 
 
 def _candidates(

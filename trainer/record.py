@@ -16,7 +16,6 @@ from trainer.config import TrainerConfig
 from trainer.evaluate import DESCRIPTIONS, METRICS_FILE, MODEL_FOLDER, MODEL_NAMES
 from trainer.export import library_versions
 from trainer.findings import Gain, ReportInputs, ResultRow
-from trainer.finetune import CHOICE_FILE
 from trainer.heads import KNOBS
 from trainer.report import write_report
 
@@ -48,7 +47,6 @@ def report_inputs(config: TrainerConfig, dataset: Dataset, run: RunFolder) -> Re
     stage_two = run.fetch("stage_two")
     search = pq.read_table(stage_two / "results.parquet").to_pylist()
     winner = run.need_json("stage_two/winner.json", "rarelens stage-two")
-    fine_tuned = run.read_json(CHOICE_FILE) or {}
     knobs = KNOBS[winner["family"]]
     detail = ", ".join(f"{name} {_short(winner[name])}" for name in knobs if name not in ("batch_size", "seed"))
     rows = [ResultRow.read(row) for row in metrics["rows"]]
@@ -64,7 +62,7 @@ def report_inputs(config: TrainerConfig, dataset: Dataset, run: RunFolder) -> Re
         test_groups=metrics["test"]["groups"],
         history=run.read_log(),
         search=search,
-        choice={**winner, "fine_tuning": fine_tuned.get("says")},
+        choice={**winner, "fine_tuning": metrics["fine_tuning"]},
         winner=metrics["model"],
         gain=_gain(metrics, "own"),
         gain_over_baseline=_gain(metrics, "baseline"),

@@ -181,8 +181,7 @@ def train_epoch(worker: Worker, trainee: Trainee, config: TrainerConfig, epoch: 
         step = epoch * loader.steps_per_epoch + batch.step + 1
         epochs_done = step / loader.steps_per_epoch
         lr = learning_rate(stage.optimiser, epochs_done, stage.epochs)
-        # Dropout follows from seed, step and rank alone, so that a resumed run needs no generator state.
-        torch.manual_seed(int(np.random.SeedSequence([config.seed, step - 1, worker.rank]).generate_state(1)[0]))
+        _seed(worker, config.seed, step - 1)
         guard.before(engine.model)
         output, evaluation = forward_backward(engine, objective, batch, epochs_done, stage.micro_batch_size)
         if not evaluation.is_finite or not engine.step(lr):
@@ -218,6 +217,15 @@ def forward_backward(
     if evaluation.is_finite:
         cached.backward(evaluation.loss, engine.backward, objective.parameters())
     return cached.output, evaluation
+
+
+def _seed(worker: Worker, seed: int, step: int) -> None:
+    """Let dropout follow from seed, step and rank alone, so that a resumed run needs no generator state."""
+    number = int(np.random.SeedSequence([seed, step, worker.rank]).generate_state(1)[0])
+    # Not torch.manual_seed: where CUDA is not used it formats a stack trace for it, at each step.
+    torch.default_generator.manual_seed(number)
+    if worker.device == "cuda":
+        torch.cuda.manual_seed(number)
 
 
 def _scalars(line: dict[str, Any], prefix: str = "") -> dict[str, float]:

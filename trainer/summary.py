@@ -41,4 +41,6 @@ def print_summary(run: RunFolder) -> None:
     for name, difference in metrics["differences"].items():
         low, high = difference["interval"]
         console.print(f"{name}: {difference['value']:+.3f} ({low:+.3f} to {high:+.3f})", highlight=False)
+    if metrics["fine_tuning"]:
+        console.print(metrics["fine_tuning"], highlight=False, soft_wrap=True)
     console.print(f"report: {run.uri}/model/report.html\nmodel:  {run.uri}/model", highlight=False, soft_wrap=True)

@@ -164,7 +164,8 @@ def _temperature(head: Head, seen: Features) -> float:
 
 def _in_words(config: Config, choice: dict[str, Any]) -> str:
     blocks = config.fine_tune.blocks
-    what = "the whole network" if blocks == "all" else f"the last {blocks} blocks" if blocks else "the head"
+    names = {"all": "the whole network", 0: "the head", 1: "the last block"}
+    what = names.get(blocks, f"the last {blocks} blocks")
     verdict = "so it is the model" if choice["chosen"] else "so the search's winner stays the model"
     return (
         f"Fine-tuning {what} from {DESCRIPTIONS[choice['winner']]} for {config.fine_tune.epochs} epochs changed "
