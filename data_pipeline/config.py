@@ -54,6 +54,17 @@ class SplitConfig(Section):
         le=16,
         description="Images whose 64-bit perceptual hashes differ in at most so many bits share a group; -1 = off",
     )
+    folds: int = Field(
+        1, ge=1, description="Cut train and val together into so many parts by groups; 1 = by the shares, or as given"
+    )
+    fold: int = Field(0, ge=0, description="Number of the part that is val, from 0; the others are train")
+    pool_given: bool = Field(False, description="Pool the splits that a source gives and cut new ones")
+    train_imbalance: float | None = Field(
+        None,
+        gt=1,
+        description="Thin train out to a long tail: so many times more images of the commonest class than of the "
+        "rarest; val and test stay as they are. None = train stays too",
+    )
 
     @model_validator(mode="after")
     def _shares_make_one(self) -> SplitConfig:
@@ -62,14 +73,20 @@ class SplitConfig(Section):
             raise ValueError(f"train + val + test must be 1, not {total:g}")
         return self
 
+    @model_validator(mode="after")
+    def _fold_is_one_of_them(self) -> SplitConfig:
+        if self.fold >= self.folds:
+            raise ValueError(f"fold = {self.fold} is none of the folds = {self.folds}, which count from 0; lower it")
+        return self
+
 
 class AugmentConfig(Section):
     """Random changes of a training image, in the order in which they are done; 0 or null leaves one out."""
 
     scale_min: float = Field(0.4, gt=0, le=1, description="Smallest share of the image's area that a crop keeps")
     aspect_max: float = Field(1.333, ge=1, description="Largest stretch of a crop, either way")
-    flip_horizontal: bool = True
-    flip_vertical: bool = False
+    flip_horizontal: bool = Field(True, description="Mirror half of the images, left to right")
+    flip_vertical: bool = Field(False, description="Mirror half of the images, top to bottom")
     rotate_deg: float = Field(0.0, ge=0, le=180, description="Rotation by up to so many degrees either way")
     rand_augment: str | None = Field(
         None,
@@ -140,14 +157,14 @@ class SamplingConfig(Section):
     @model_validator(mode="after")
     def _p_and_k_together(self) -> SamplingConfig:
         if (self.classes_per_batch is None) != (self.samples_per_class is None):
-            raise ValueError("classes_per_batch and samples_per_class go together: set both or neither")
+            raise ValueError("classes_per_batch and samples_per_class go together; set both or neither")
         return self
 
     @model_validator(mode="after")
     def _one_target(self) -> SamplingConfig:
         if self.class_weights is not None:
             if self.power != 1.0 or self.power_last is not None:
-                raise ValueError("class_weights take the place of power and power_last: remove these or class_weights")
+                raise ValueError("class_weights take the place of power and power_last; remove these or class_weights")
             for name, weight in self.class_weights.items():
                 if not 0 <= weight < math.inf:
                     raise ValueError(f"class_weights = {weight:g} for class {name!r} must be finite and at least 0")
@@ -181,7 +198,7 @@ class DataConfig(Section):
         description="Canonical streams of the order; any number of workers up to this sees the same batches",
     )
     decode_threads: int | None = Field(
-        None, ge=1, description="DALI threads a worker; none = the machine's cores shared out over its workers"
+        None, ge=1, description="Cores a worker decodes on; none = the machine's cores shared out over its workers"
     )
     cache_dir: str | None = Field(
         None, description="Where shards of a bucket are kept locally; none = the user's cache folder"

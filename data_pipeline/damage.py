@@ -37,13 +37,22 @@ class DamageLog:
         """Key and reason of each, by row."""
         return [(str(self._index.key[row]), reason) for row, reason in sorted(self._reasons.items())]
 
-    def add(self, reasons: dict[int, str]) -> None:
+    def add(self, reasons: dict[int, str]) -> dict[str, str]:
         """Note damaged rows.
+
+        Returns:
+            Key -> reason of those that were not known.
 
         Raises:
             UserError: Now there are more than the limit; all are named.
         """
-        self._note({row: reason + self._shard_note(int(self._index.shard[row])) for row, reason in reasons.items()})
+        new = {
+            row: reason + self._shard_note(int(self._index.shard[row]))
+            for row, reason in reasons.items()
+            if row not in self._reasons
+        }
+        self._note(new)
+        return {str(self._index.key[row]): reason for row, reason in new.items()}
 
     def add_pairs(self, pairs: Iterable[Iterable[str]]) -> None:
         """Note the `pairs` of another worker or of an earlier run; keys that the split does not hold are passed over.
@@ -75,13 +84,7 @@ class DamageLog:
             self._reasons.update(reasons)
             self._replacements.clear()
         if len(self._reasons) > self._limit:
-            pairs = self.pairs()
-            named = "; ".join(f"{key} ({reason})" for key, reason in pairs[:MAX_NAMED])
-            more = f"; and {len(pairs) - MAX_NAMED} more" if len(pairs) > MAX_NAMED else ""
-            raise UserError(
-                f"{self._dataset.uri} has more than data.max_damaged = {self._limit} damaged images: {named}{more}; "
-                "pack the dataset again, or raise data.max_damaged"
-            )
+            raise _too_many(self._dataset, self._limit, [f"{key} ({reason})" for key, reason in self.pairs()])
 
     def _shard_note(self, shard: int) -> str:
         """Images were whole when they were packed: if the shard has changed since, that is said."""
@@ -104,3 +107,29 @@ class DamageLog:
             f"all {len(members)} training images of class {self._dataset.classes[label]!r} in {self._dataset.uri} are "
             "damaged; pack the dataset again"
         )
+
+
+def check_left_out(dataset: Dataset, split: str, rows: np.ndarray, limit: int) -> None:
+    """Hold a pass of all ranks to the limit, to which each of them has held its own part.
+
+    Args:
+        dataset: The packed dataset.
+        split: Through which the pass went.
+        rows: Int [N], of the split's index: what all ranks together have seen.
+        limit: Damaged images that are tolerated.
+
+    Raises:
+        UserError: More are missing; they are named. Why they are damaged each rank has told.
+    """
+    key = dataset.index(split).key
+    missing = np.setdiff1d(np.arange(len(key)), rows)
+    if len(missing) > limit:
+        raise _too_many(dataset, limit, key[missing].tolist())
+
+
+def _too_many(dataset: Dataset, limit: int, named: list[str]) -> UserError:
+    more = f"; and {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else ""
+    return UserError(
+        f"{dataset.uri} has more than data.max_damaged = {limit} damaged images: {'; '.join(named[:MAX_NAMED])}{more}; "
+        "pack the dataset again, or raise data.max_damaged"
+    )

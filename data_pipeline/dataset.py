@@ -202,7 +202,7 @@ def _parse(uri: str, data: bytes) -> dict[str, Any]:
         description = json.loads(data)
         version = description["version"]
         complete = {"name", "classes", "mean", "std", "index", "shards", "made"} <= description.keys()
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise UserError(f"{uri}/{DATASET_FILE} is no description of a packed dataset; {remedy}") from None
     if version != FORMAT_VERSION:
         raise UserError(
@@ -210,6 +210,8 @@ def _parse(uri: str, data: bytes) -> dict[str, Any]:
         )
     if not complete:
         raise UserError(f"{uri}/{DATASET_FILE} is incomplete; {remedy}")
+    if not _is_shaped(description):
+        raise UserError(f"{uri}/{DATASET_FILE} holds values of another kind than packing writes; {remedy}")
     for shard in description["shards"]:
         path = PurePosixPath(shard["path"])
         if path.is_absolute() or ".." in path.parts:
@@ -217,11 +219,33 @@ def _parse(uri: str, data: bytes) -> dict[str, Any]:
     return description
 
 
+def _is_shaped(description: dict[str, Any]) -> bool:
+    """Whether the values are of the kinds that `describe` writes: the file may come from anybody."""
+    kinds = {"path": str, "split": str, "kind": str, "samples": int, "bytes": int, "sha256": str}
+    index, shards, classes = (description[name] for name in ("index", "shards", "classes"))
+    return (
+        isinstance(description["name"], str)
+        and isinstance(description["made"], dict)
+        and isinstance(classes, list)
+        and all(isinstance(name, str) for name in classes)
+        and all(_is_rgb(description[name]) for name in ("mean", "std"))
+        and isinstance(index, dict)
+        and isinstance(index.get("bytes"), int)
+        and isinstance(shards, list)
+        and all(isinstance(s, dict) and all(isinstance(s.get(n), k) for n, k in kinds.items()) for s in shards)
+        and all(shard["split"] in SPLITS for shard in shards)
+    )
+
+
+def _is_rgb(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(isinstance(x, int | float) for x in value)
+
+
 def _check_files(uri: str, storage: Storage, shards: tuple[Shard, ...], index: dict[str, Any], verify: bool) -> None:
     remedy = "download or pack the dataset again"
     found = {stored.path: stored.bytes for stored in storage.list()}
     expected = [(shard.path, shard.bytes, shard.sha256) for shard in shards]
-    for path, size, _ in [(INDEX_FILE, index["bytes"], index["sha256"]), *expected]:
+    for path, size, _ in [(INDEX_FILE, index["bytes"], index.get("sha256")), *expected]:
         if path not in found:
             raise UserError(f"{path} of the packed dataset {uri} is missing; {remedy}")
         if found[path] != size:
@@ -230,7 +254,7 @@ def _check_files(uri: str, storage: Storage, shards: tuple[Shard, ...], index: d
                 f"{path} of the packed dataset {uri} is {state}: {found[path]} bytes instead of {size}; {remedy}"
             )
     # The index is small and every read depends on it: it is always checked whole.
-    for path, size, sha256 in [(INDEX_FILE, index["bytes"], index["sha256"]), *(expected if verify else [])]:
+    for path, size, sha256 in [(INDEX_FILE, index["bytes"], index.get("sha256")), *(expected if verify else [])]:
         if _sha256(storage, path, size) != sha256:
             raise UserError(
                 f"{path} of the packed dataset {uri} is altered: its SHA-256 is not the one in {DATASET_FILE}; {remedy}"

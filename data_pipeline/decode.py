@@ -21,7 +21,7 @@ from cluster.errors import UserError
 from data_pipeline.augment import ViewParameters, draw_views
 from data_pipeline.config import AugmentConfig
 from data_pipeline.graph import ImageSettings, evaluation_graph, graph_inputs, has_conditions, training_graph
-from data_pipeline.images import DamagedImage, prepare_image
+from data_pipeline.images import MAX_PIXELS, DamagedImage, prepare_image
 
 QUEUE_DEPTH = 2
 """Batches in DALI's hands: one is decoded while the next waits, so that its threads never idle."""
@@ -138,7 +138,7 @@ _CROPS = AugmentConfig(flip_horizontal=False, brightness=0, contrast=0, saturati
 
 
 def can_parse(data: np.ndarray) -> bool:
-    """Whether DALI's own parser makes out what an encoded image is; a few microseconds.
+    """Whether DALI's own parser makes out what an encoded image is, and of at most `MAX_PIXELS`; a few microseconds.
 
     To be asked of every image before it is submitted: DALI (2.4, CPU) fails a small batch with such an image in it, but
     a larger one crashes the process, since its threads still decode the others when it gives up.
@@ -146,7 +146,8 @@ def can_parse(data: np.ndarray) -> bool:
     from nvidia import nvimgcodec  # type: ignore[attr-defined]
 
     try:
-        return bool(nvimgcodec.CodeStream(data).codec_name)
+        stream = nvimgcodec.CodeStream(data)
+        return bool(stream.codec_name) and stream.width * stream.height <= MAX_PIXELS
     except RuntimeError:
         return False
 
@@ -188,7 +189,8 @@ def define_pipeline(settings: DecoderSettings, inputs: dict[str, np.ndarray]) ->
     @pipeline_def(
         enable_conditionals=has_conditions(inputs),
         batch_size=settings.batch_size * settings.views,
-        num_threads=settings.threads,
+        # One more than is asked for: beside operators that work on a whole batch a thread stands still (docs/log.md).
+        num_threads=settings.threads + 1,
         device_id=device_id,
         seed=0,
         prefetch_queue_depth=QUEUE_DEPTH,

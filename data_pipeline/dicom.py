@@ -32,6 +32,17 @@ def is_dicom(data: bytes) -> bool:
     return data[MAGIC_OFFSET : MAGIC_OFFSET + len(MAGIC)] == MAGIC
 
 
+def bits_of_dicom(data: bytes) -> int:
+    """Bits that a channel of a DICOM image uses, by its header; 0 where it does not say.
+
+    Args:
+        data: The bytes of a file that `dicom_image` has read.
+    """
+    import pydicom
+
+    return int(pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True).get("BitsStored") or 0)
+
+
 def dicom_image(data: bytes, max_pixels: int) -> Image.Image:
     """The image of a DICOM file, mode L or RGB.
 

@@ -121,7 +121,7 @@ def training_graph(image: ImageSettings, encoded: Any, inputs: dict[str, Any], m
     images = fn.resize(
         images, size=inputs["size"], interp_type=types.DALIInterpType.INTERP_LINEAR, antialias=True
     )  # a negative size flips
-    images = _normalise(image, _colour(_bent(image, images, inputs), inputs), dtype, inputs)
+    images = _normalise(image, _colour(_rotate_and_blur(image, images, inputs), inputs), dtype, inputs)
     if "hole_anchor" in inputs:
         images = fn.erase(images, anchor=inputs["hole_anchor"], shape=inputs["hole_shape"], axis_names="HW")
     return images
@@ -138,7 +138,7 @@ def evaluation_graph(image: ImageSettings, encoded: Any, mixed: bool, dtype: tor
     return _normalise(image, images, dtype, {}, crop=(image.image_px, image.image_px))
 
 
-def _bent(image: ImageSettings, images: Any, inputs: dict[str, Any]) -> Any:
+def _rotate_and_blur(image: ImageSettings, images: Any, inputs: dict[str, Any]) -> Any:
     """Rotation, RandAugment and blur: uint8 to uint8."""
     from nvidia.dali import fn
 

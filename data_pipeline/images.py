@@ -22,6 +22,8 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -38,11 +40,18 @@ HASH_SIDE_PX = 32
 FLAT_STD = 1.0
 """Grey levels of 255: the hash of an image with less structure would be noise."""
 
+JPEG_END = b"\xff\xd9"
+JPEG_TRAILER_BYTES = 1024
+"""Some cameras write a few bytes behind the end."""
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_EXIF_MARKS = (b"eXIf", b"Raw profile type")
 ORIENTATION_TAG = 0x0112
 UPRIGHT = 1
 WHITE = (255, 255, 255, 255)
 SUFFIX = {"JPEG": "jpg", "PNG": "png"}
+FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "JPEG2000")
+"""What is read of those that Pillow knows, whatever a file is called: for EPS it would start Ghostscript, a program.
+A JPEG of several pictures (MPO) is a JPEG here."""
 
 # It would be said of images that `MAX_PIXELS` refuses.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -78,19 +87,61 @@ def prepare_image(data: bytes, short_side_px: int | None = None) -> PackedImage:
         DamagedImage: The bytes are empty, cut off, too large, or no image that can be read.
         UserError: They are DICOM, and pydicom is not installed.
     """
-    if not data:
-        raise DamagedImage("the file is empty")
+    with _told_as_damage(), _open(data) as opened:
+        opened.load()
+        source = opened.format or ""
+        kept = source in SUFFIX and _is_plain(opened, data)
+        image = opened if kept else _to_8_bit(opened)
+        image, shrunk = _shrink(image, short_side_px)
+        if not kept or shrunk:
+            data, source = _encode(image, "JPEG" if shrunk or source in ("JPEG", "MPO") else "PNG")
+        mean, mean_square = _moments(image)
+        return PackedImage(data, SUFFIX[source], *image.size, perceptual_hash(image), mean, mean_square)
+
+
+def decodable(data: bytes) -> bytes:
+    """What the decoder is given of an image file: itself where its header shows that, else what packing makes of it.
+
+    Several times as fast as `prepare_image`, since pixels that the decoder will see are not decoded here; it may still
+    find them damaged.
+
+    Raises:
+        DamagedImage: As in `prepare_image`.
+    """
+    with _told_as_damage(), _open(data) as opened:
+        # The end of a JPEG tells whether it was cut off: then Pillow says by how much, and the decoder never meets it.
+        if opened.format == "PNG" or (opened.format == "JPEG" and JPEG_END in data[-JPEG_TRAILER_BYTES:]):
+            ready = _is_plain(opened, data)
+        else:
+            ready = False
+    return data if ready else prepare_image(data).data
+
+
+def thumbnail(data: bytes, long_side_px: int, quality: int) -> bytes:
+    """A small copy for people: an upright JPEG, RGB or grey, without metadata.
+
+    Args:
+        data: The file's bytes.
+        long_side_px: What it is shrunk to; smaller images keep their size.
+        quality: Of the JPEG, 1 to 95.
+
+    Raises:
+        DamagedImage: As in `prepare_image`.
+    """
+    with _told_as_damage(), _open(data) as opened:
+        opened.load()
+        image = _to_8_bit(opened)
+        image.thumbnail((long_side_px, long_side_px))
+        buffer = io.BytesIO()
+        Image.fromarray(np.asarray(image)).save(buffer, "JPEG", quality=quality, optimize=True)  # its pixels alone
+        return buffer.getvalue()
+
+
+@contextmanager
+def _told_as_damage() -> Iterator[None]:
+    """What Pillow raises on an image that cannot be read, as `DamagedImage`."""
     try:
-        with _open(data) as opened:
-            opened.load()
-            source = opened.format or ""
-            kept = source in SUFFIX and _is_plain(opened, data)
-            image = opened if kept else _to_8_bit(opened)
-            image, shrunk = _shrink(image, short_side_px)
-            if not kept or shrunk:
-                data, source = _encode(image, "JPEG" if shrunk or source in ("JPEG", "MPO") else "PNG")
-            mean, mean_square = _moments(image)
-            return PackedImage(data, SUFFIX[source], *image.size, perceptual_hash(image), mean, mean_square)
+        yield
     except UserError:  # of the machine, not of the image
         raise
     except Image.UnidentifiedImageError:
@@ -135,25 +186,34 @@ def _dct_basis(size: int) -> np.ndarray:
 
 def _open(data: bytes) -> Image.Image:
     """The image, its header read and its size looked at."""
+    if not data:
+        raise DamagedImage("the file is empty")
     if is_dicom(data):
         return dicom_image(data, MAX_PIXELS)
-    image = Image.open(io.BytesIO(data))
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
     width, height = image.size
     if width * height > MAX_PIXELS:
         image.close()
         raise DamagedImage(f"{width} x {height} pixels, more than the {MAX_PIXELS} that are read")
     if data.startswith(PNG_SIGNATURE):
         image.verify()  # the checksums of a PNG: its decoder alone lets wrong bytes pass
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
     return image
 
 
 def _is_plain(image: Image.Image, data: bytes) -> bool:
     """Whether the encoded bytes are an upright 8-bit grey or RGB image already."""
-    if image.mode not in ("L", "RGB") or image.getexif().get(ORIENTATION_TAG, UPRIGHT) != UPRIGHT:
+    if image.mode not in ("L", "RGB") or _orientation(image, data) != UPRIGHT:
         return False
     # Pillow opens PNGs of 2, 4 and 16 bits a channel in the same modes: byte 24 of the header tells the depth.
     return image.format == "JPEG" or (data[24] == 8 and "transparency" not in image.info)
+
+
+def _orientation(image: Image.Image, data: bytes) -> int:
+    # Pillow decodes a whole PNG to look for EXIF behind its pixels.
+    if image.format == "PNG" and not any(mark in data for mark in PNG_EXIF_MARKS):
+        return UPRIGHT
+    return image.getexif().get(ORIENTATION_TAG, UPRIGHT)
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:

@@ -3,13 +3,15 @@
 Damaged images. DALI fails a whole batch; its images are then decoded one by one, the damaged ones named and counted,
 and the batch is made again: in training with the next image of the same class (by index row) in place of a damaged
 one, in evaluation (`passes.py`) without it. Over `data.max_damaged` different ones the run stops with the list: those
-that this worker has met, and those of the others as far as the trainer passes them on (`TrainLoader.add_damaged`).
+that this worker has met, and those of the others when the trainer passes them on (`TrainLoader.add_damaged` at each
+checkpoint, `damage.check_left_out` after a pass).
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -24,17 +26,19 @@ from data_pipeline.damage import DamageLog
 from data_pipeline.dataset import Dataset
 from data_pipeline.decode import Decoder, find_damaged
 from data_pipeline.mix import mix_batch
-from data_pipeline.passes import decode_files, decoder_settings, evaluation_batches
-from data_pipeline.read_ahead import READ_THREADS, Batch, FileBatch, Load, decode_ahead, make_batch, read_images
+from data_pipeline.passes import decoder_settings
+from data_pipeline.read_ahead import READ_THREADS, Batch, Load, decode_ahead, make_batch, read_images
 from data_pipeline.shards import ShardReader
 from data_pipeline.stream import TrainStream
 
-__all__ = ["Batch", "FileBatch", "TrainLoader", "decode_files", "evaluation_batches"]
+__all__ = ["Batch", "TrainLoader"]
 
 DECODED_TYPES = (torch.float32, torch.float16)
 """What DALI makes by itself."""
 PREFETCH_STEPS = 128
 """How far ahead the shards of a bucket are asked for."""
+
+_log = logging.getLogger(__name__)
 
 
 class TrainLoader:
@@ -57,6 +61,7 @@ class TrainLoader:
         device: torch.device,
         epochs: int = 1,
         dtype: torch.dtype = torch.float32,
+        warn: Callable[[str], None] = _log.warning,
     ):
         """Plan nothing yet, but read the tail shards into memory (a bucket's: begin to).
 
@@ -72,6 +77,7 @@ class TrainLoader:
             device: Where the tensors go.
             epochs: Of the whole training: when a progressive sampling arrives, and where reading ahead ends.
             dtype: Of the images; other ones than float32 and float16 are converted to on the device.
+            warn: Is told of each damaged image that this worker meets.
 
         Raises:
             UserError: The configuration does not fit the dataset or the machine, or a tail shard is broken.
@@ -83,7 +89,7 @@ class TrainLoader:
         self._epochs = epochs
         self.steps_per_epoch = self._stream.steps_per_epoch
         self._views = views
-        self._dtype = dtype
+        self._dtype, self._warn = dtype, warn
         settings = decoder_settings(dataset, data, batch_size, device)
         decoded = dtype if dtype in DECODED_TYPES else torch.float32
         self._decoder = Decoder(replace(settings, augment=data.augment, views=views, dtype=decoded))
@@ -180,7 +186,8 @@ class TrainLoader:
 
     def _repair(self, load: Load) -> Load:
         found = find_damaged(self._decoder.settings, load.encoded, load.views)
-        self._damage.add({int(load.rows[place]): reason for place, reason in found.items()})
+        for key, reason in self._damage.add({int(load.rows[place]): why for place, why in found.items()}).items():
+            self._warn(f"{key} of split train is damaged, the next of its class takes its place: {reason}")
         return self._fill(load)
 
     def _look_ahead(self, epoch: int) -> None:

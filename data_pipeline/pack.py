@@ -97,6 +97,7 @@ def _pack_noted(
         "joined_groups": plan.joined_groups,
         "mixed_groups": plan.mixed_groups,
         "given_splits": list(plan.given_splits),
+        "thinned": plan.thinned,
     }
     dataset = Dataset(storage.uri, data.name, plan.classes, shards, plan.mean, plan.std, made, storage)
     storage.write(DATASET_FILE, describe(dataset, counts, index))
@@ -128,7 +129,9 @@ def _tell(dataset: Dataset, near_duplicate_bits: int) -> None:
 
 
 def _check_settings(dataset: Dataset, settings: dict[str, Any]) -> None:
-    before = flatten({key: dataset.made.get(key) for key in settings})
+    # A set of an earlier version lacks settings that came later: it has their defaults.
+    defaults = {"source": SourceConfig().model_dump(), "data": DataConfig().model_dump(include=set(SETTINGS))}
+    before = flatten(defaults) | flatten({key: dataset.made.get(key) for key in settings})
     now = flatten(settings)
     differing = [
         f"{key} = {_shown(before.get(key))}, now {_shown(now.get(key))}"

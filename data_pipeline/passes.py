@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -18,12 +18,16 @@ from data_pipeline.config import DataConfig
 from data_pipeline.damage import DamageLog
 from data_pipeline.dataset import Dataset
 from data_pipeline.decode import Decoder, DecoderSettings, ImageSettings, find_damaged
-from data_pipeline.images import DamagedImage, prepare_image
+from data_pipeline.images import DamagedImage, decodable
+from data_pipeline.loose_images import BUCKET, ImageReader
 from data_pipeline.read_ahead import READ_THREADS, Batch, FileBatch, Load, decode_ahead, make_batch, read_images
 from data_pipeline.shards import ShardReader
 
 MAX_DECODE_THREADS = 16
 """More than this outrun any network that is trained."""
+
+BUCKET_REQUESTS = 32
+"""Small reads wait for answers, not for bandwidth; as many as a storage keeps connections."""
 
 VIEWS_EPOCH = 2**31 - 1
 """The epoch from whose numbers views are augmented that are kept: no training comes to it."""
@@ -40,11 +44,12 @@ def evaluation_batches(
     rank: int = 0,
     world: int = 1,
     device: torch.device | None = None,
+    warn: Callable[[str], None] = _log.warning,
 ) -> Iterator[Batch]:
     """Each sample of a split once over all ranks, in index order, without augmentation.
 
     Rank r gets the r-th contiguous block of rows; blocks, and with them the numbers of batches, may differ in size.
-    A damaged image is left out, with a warning that names it; `Batch.rows` tells which samples are there.
+    A damaged image is left out; `Batch.rows` tells which samples are there.
 
     Args:
         dataset: The packed dataset.
@@ -54,12 +59,14 @@ def evaluation_batches(
         rank: Of this worker.
         world: Number of workers.
         device: Where the tensors go; None = CPU.
+        warn: Is told of each damaged image.
 
     Raises:
-        UserError: More than `data.max_damaged` images of this rank are damaged, or a shard is broken.
+        UserError: More than `data.max_damaged` images of this rank are damaged (`damage.check_left_out` looks at those
+            of all ranks), or a shard is broken.
     """
     settings = decoder_settings(dataset, data, batch_size, device or torch.device("cpu"))
-    yield from _each_once(dataset, data, split, settings, (rank, world))
+    yield from _each_once(dataset, data, split, settings, (rank, world), warn)
 
 
 def augmented_batches(  # noqa: PLR0913 - every one names itself at the call
@@ -73,6 +80,7 @@ def augmented_batches(  # noqa: PLR0913 - every one names itself at the call
     rank: int = 0,
     world: int = 1,
     device: torch.device | None = None,
+    warn: Callable[[str], None] = _log.warning,
 ) -> Iterator[Batch]:
     """As `evaluation_batches`, in views that are augmented as training images are.
 
@@ -89,6 +97,7 @@ def augmented_batches(  # noqa: PLR0913 - every one names itself at the call
         rank: Of this worker.
         world: Number of workers.
         device: Where the tensors go; None = CPU.
+        warn: Is told of each damaged image.
 
     Yields:
         Batches with images [V * B, 3, px, px], view-major.
@@ -98,11 +107,17 @@ def augmented_batches(  # noqa: PLR0913 - every one names itself at the call
     """
     settings = decoder_settings(dataset, data, batch_size, device or torch.device("cpu"))
     settings = replace(settings, augment=data.augment, views=views)
-    yield from _each_once(dataset, data, split, settings, (rank, world), seed)
+    yield from _each_once(dataset, data, split, settings, (rank, world), warn, seed)
 
 
 def _each_once(
-    dataset: Dataset, data: DataConfig, split: str, settings: DecoderSettings, share: tuple[int, int], seed: int = 0
+    dataset: Dataset,
+    data: DataConfig,
+    split: str,
+    settings: DecoderSettings,
+    share: tuple[int, int],
+    warn: Callable[[str], None],
+    seed: int = 0,
 ) -> Iterator[Batch]:
     """The pass of one rank, `share` being (rank, world); `seed` is that of augmented views."""
     index, (rank, world) = dataset.index(split), share
@@ -125,9 +140,8 @@ def _each_once(
 
     def repair(load: Load) -> Load:
         found = find_damaged(decoder.settings, load.encoded, load.views)
-        damage.add({int(load.rows[place]): reason for place, reason in found.items()})
-        for place, reason in found.items():
-            _log.warning("%s of split %s is left out, it is damaged: %s", index.key[load.rows[place]], split, reason)
+        for key, reason in damage.add({int(load.rows[place]): reason for place, reason in found.items()}).items():
+            warn(f"{key} of split {split} is left out, it is damaged: {reason}")
         whole = load.without(found)
         return replace(whole, views=views_of(whole.rows))
 
@@ -152,36 +166,46 @@ def decode_files(
 ) -> Iterator[FileBatch]:
     """Loose images through the evaluation graph, in the given order; damaged ones are reported, never fatal.
 
-    Any format that Pillow reads is taken, by the rules of `images.py`.
+    Any format of `images.FORMATS` is taken, by the rules there.
 
     Args:
-        files: Paths, or the encoded bytes themselves.
+        files: Paths, `s3://` URIs, or the encoded bytes themselves.
         image: Size and normalisation.
         batch_size: The last batch may be smaller; damaged files make any batch smaller, down to none.
         device: Where the tensors go; None = CPU.
-        threads: For reading and for DALI.
+        threads: For reading local files and for DALI; a bucket is asked for `BUCKET_REQUESTS` images at a time.
+
+    Raises:
+        UserError: A bucket does not give an image.
     """
     decoder = Decoder(DecoderSettings(image, batch_size, device or torch.device("cpu"), threads))
+    read = ImageReader()
+
+    def encoded(file: Path | str | bytes) -> np.ndarray | str:
+        try:
+            return np.frombuffer(decodable(file if isinstance(file, bytes) else read(file)), dtype=np.uint8)
+        except (DamagedImage, OSError) as error:
+            return getattr(error, "strerror", None) or str(error)
 
     def load(first: int) -> Load:
-        loaded = Load(0, first // batch_size, np.arange(first, min(first + batch_size, len(files))), [])
-        damaged = {}
-        for place, file in enumerate(files[first : first + batch_size]):
-            try:
-                data = file if isinstance(file, bytes) else Path(file).read_bytes()
-                loaded.encoded.append(np.frombuffer(prepare_image(data).data, dtype=np.uint8))
-            except (DamagedImage, OSError) as error:
-                loaded.encoded.append(np.empty(0, dtype=np.uint8))
-                damaged[place] = getattr(error, "strerror", None) or str(error)
-        return loaded.without(damaged)
+        some = files[first : first + batch_size]
+        remote = any(isinstance(file, str) and file.startswith(BUCKET) for file in some)
+        # Else one thread a batch: small tasks would be handed to and fro under Python's lock.
+        found = list(requests.map(encoded, some) if remote else map(encoded, some))
+        images = [np.empty(0, dtype=np.uint8) if isinstance(image, str) else image for image in found]
+        loaded = Load(0, first // batch_size, np.arange(first, first + len(some)), images)
+        return loaded.without({place: reason for place, reason in enumerate(found) if isinstance(reason, str)})
 
     def repair(load: Load) -> Load:
         return load.without(find_damaged(decoder.settings, load.encoded))
 
     jobs = (partial(load, first) for first in range(0, len(files), batch_size))
-    with ThreadPoolExecutor(threads) as pool:
-        for ready, images in decode_ahead(decoder, pool, jobs, repair):
-            yield FileBatch(images, ready.rows.tolist(), ready.damaged)
+    with ThreadPoolExecutor(threads) as pool, ThreadPoolExecutor(BUCKET_REQUESTS) as requests:
+        try:
+            for ready, images in decode_ahead(decoder, pool, jobs, repair):
+                yield FileBatch(images, ready.rows.tolist(), ready.damaged)
+        finally:
+            decoder.close()
 
 
 def decoder_settings(dataset: Dataset, data: DataConfig, batch_size: int, device: torch.device) -> DecoderSettings:

@@ -14,7 +14,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.dataset import SPLITS
 from data_pipeline.notes import Note, Notes
 from data_pipeline.raw import RawSample
-from data_pipeline.splits import assign_splits, complete_splits, join_near_duplicates
+from data_pipeline.splits import assign_splits, complete_splits, cut_fold, join_near_duplicates, long_tail
 from data_pipeline.tar import member_bytes
 
 MIB = 2**20
@@ -43,7 +43,7 @@ class Plan:
     group: np.ndarray
     """object [N]: with near-duplicates joined, where splits are cut here."""
     split: np.ndarray
-    """object [N]."""
+    """object [N]; empty for a sample that is not packed."""
     shards: tuple[PlannedShard, ...]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -52,7 +52,9 @@ class Plan:
     mixed_groups: int
     """Groups with samples of more than one class."""
     given_splits: tuple[str, ...]
-    """Those that the source gave."""
+    """Those that the source gave, and that were kept."""
+    thinned: int
+    """Training samples that were left out for a long tail."""
 
 
 def make_plan(raw: Sequence[RawSample], notes: Notes, classes: tuple[str, ...], data: DataConfig, seed: int) -> Plan:
@@ -79,9 +81,10 @@ def make_plan(raw: Sequence[RawSample], notes: Notes, classes: tuple[str, ...], 
             f"class {classes[gone[0]]!r} has no image that can be read; mend its images or leave the class out"
         )
     before = np.array([raw[i].group for i in whole], dtype=object)
-    given = np.array([raw[i].split or "" for i in whole], dtype=object)
+    pooled = data.split.pool_given
+    given = np.array([(not pooled and raw[i].split) or "" for i in whole], dtype=object)
     joined = before
-    if set(given) != set(SPLITS):  # some split is to be cut
+    if set(given) != set(SPLITS) or data.split.folds > 1:  # something is to be cut
         joined = join_near_duplicates(before, notes.column("phash")[whole], data.split.near_duplicate_bits)
     if any(given):
         split[whole] = complete_splits(given, label[whole], joined, data.split, seed, classes)
@@ -89,7 +92,12 @@ def make_plan(raw: Sequence[RawSample], notes: Notes, classes: tuple[str, ...], 
     else:
         split[whole] = assign_splits(label[whole], joined, data.split, seed, classes)
         group[whole] = joined
-    pairs = np.unique(np.stack([np.unique(group[whole], return_inverse=True)[1], label[whole]]), axis=1)
+    if data.split.folds > 1:
+        split[whole] = cut_fold(split[whole], label[whole], joined, data.split, seed, classes)
+    thinned = _thinned(raw, label, group, split, data, seed)
+    split[thinned] = ""
+    used = np.flatnonzero(split != "")
+    pairs = np.unique(np.stack([np.unique(group[used], return_inverse=True)[1], label[used]]), axis=1)
     mean, std = _statistics(notes, np.flatnonzero(split == "train"))
     return Plan(
         classes=classes,
@@ -101,8 +109,20 @@ def make_plan(raw: Sequence[RawSample], notes: Notes, classes: tuple[str, ...], 
         std=std,
         joined_groups=len(set(before)) - len(set(joined)),
         mixed_groups=int((np.bincount(pairs[0]) > 1).sum()),
-        given_splits=tuple(name for name in SPLITS if name in set(given)),
+        given_splits=tuple(name for name in SPLITS if name in set(given) and (name == "test" or data.split.folds == 1)),
+        thinned=len(thinned),
     )
+
+
+def _thinned(
+    raw: Sequence[RawSample], label: np.ndarray, group: np.ndarray, split: np.ndarray, data: DataConfig, seed: int
+) -> np.ndarray:
+    """Numbers of the training samples that are left out for a long tail."""
+    train = np.flatnonzero(split == "train")
+    if data.split.train_imbalance is None:
+        return train[:0]
+    keys = np.array([raw[i].key for i in train.tolist()], dtype=object)
+    return train[~long_tail(label[train], group[train], keys, data.split.train_imbalance, seed)]
 
 
 def side_files(raw: RawSample, label: int, note: Note) -> dict[str, bytes]:

@@ -49,14 +49,20 @@ def assign_splits(
     Raises:
         UserError: A class has fewer groups than there are splits.
     """
+    shares = np.array([getattr(config, split) for split in into])
+    return _deal(labels, groups, shares / shares.sum(), seed, classes, into)
+
+
+def _deal(
+    labels: np.ndarray, groups: np.ndarray, shares: np.ndarray, seed: int, classes: Sequence[str], into: Sequence[str]
+) -> np.ndarray:
+    """`assign_splits` by `shares` of the samples, which sum to 1."""
     names, group = np.unique(np.asarray(groups, dtype=object), return_inverse=True)
     sizes = np.zeros((len(names), len(classes)), dtype=np.int64)  # samples by group and class
     np.add.at(sizes, (group, labels), 1)
     num_groups = (sizes > 0).sum(axis=0)
     _check_groups(num_groups, classes, into)
     lot = np.array([hashlib.sha256(f"{seed}:{name}".encode()).hexdigest() for name in names])
-    shares = np.array([getattr(config, split) for split in into])
-    shares /= shares.sum()
     split_of = np.full(len(names), -1)
     held = np.zeros((len(into), len(classes)), dtype=np.int64)  # samples by split and class
     for label in sorted(range(len(classes)), key=lambda c: (num_groups[c], classes[c])):
@@ -106,6 +112,72 @@ def complete_splits(
     if lacking:
         splits[train] = assign_splits(labels[train], groups[train], config, seed, classes, ("train", *lacking))
     return splits
+
+
+def cut_fold(
+    splits: np.ndarray, labels: np.ndarray, groups: np.ndarray, config: SplitConfig, seed: int, classes: Sequence[str]
+) -> np.ndarray:
+    """Cut train and val together into `config.folds` parts, each of which is val once; test stays as it is.
+
+    Args:
+        splits: object [N] of train, val, test.
+        labels: int [N], into `classes`.
+        groups: [N], near-duplicates joined; none is cut.
+        config: How many folds, and which of them is val.
+        seed: As in `assign_splits`; the same for all folds of a set.
+        classes: Names, for errors.
+
+    Returns:
+        object [N] of "train", "val", "test".
+
+    Raises:
+        UserError: A class has fewer groups than there are folds.
+    """
+    pooled = np.flatnonzero(splits != "test")
+    pairs = {(int(label), group) for label, group in zip(labels[pooled], groups[pooled], strict=True)}
+    num_groups = np.bincount([label for label, _ in pairs], minlength=len(classes))
+    rarest = int(num_groups.argmin())
+    if num_groups[rarest] < config.folds:
+        raise UserError(
+            f"class {classes[rarest]!r} has {num_groups[rarest]} groups (patients or lesions) outside of test, too few "
+            f"for folds = {config.folds}; lower folds, add images of other patients, or leave the class out"
+        )
+    names = tuple(f"fold {number}" for number in range(config.folds))
+    shares = np.full(config.folds, 1 / config.folds)
+    part = _deal(labels[pooled], groups[pooled], shares, seed, classes, names)
+    cut = splits.copy()
+    cut[pooled] = np.where(part == names[config.fold], "val", "train")
+    return cut
+
+
+def long_tail(labels: np.ndarray, groups: np.ndarray, keys: np.ndarray, imbalance: float, seed: int) -> np.ndarray:
+    """Which training samples stay, so that the classes have a long tail: n_c = n_max * imbalance^(-c / (C - 1)).
+
+    The exponential profile of CIFAR-LT (Cao et al. 2019, arXiv:1906.07413, section 4.1), there over the classes in
+    their order, here from the commonest (c = 0) to the rarest; a class that has less keeps all it has. As there only
+    training samples are meant for it: val and test keep what they have, which makes their recalls more certain. Whole
+    groups stay, in an order drawn from `seed`, and of the last one as much as is needed: a rare disease is seen in few
+    patients.
+
+    Args:
+        labels: int [N].
+        groups: [N], names of patients or lesions.
+        keys: [N], unique; decide which samples of the last group stay.
+        imbalance: n_max over the n_c of the rarest class.
+        seed: Draws the groups; the result depends on nothing else, not on the samples' order either.
+
+    Returns:
+        bool [N].
+    """
+    counts = np.bincount(labels)
+    ranked = sorted(np.flatnonzero(counts).tolist(), key=lambda c: (-counts[c], c))
+    shares = imbalance ** -np.linspace(0, 1, len(ranked))
+    lot = {name: hashlib.sha256(f"{seed}:long tail:{name}".encode()).hexdigest() for name in set(groups.tolist())}
+    stays = np.zeros(len(labels), dtype=bool)
+    for label, share in zip(ranked, shares.tolist(), strict=True):
+        ours = sorted(np.flatnonzero(labels == label).tolist(), key=lambda i: (lot[groups[i]], keys[i]))
+        stays[ours[: max(1, round(counts.max() * share))]] = True
+    return stays
 
 
 def join_near_duplicates(groups: np.ndarray, hashes: np.ndarray, max_bits: int) -> np.ndarray:

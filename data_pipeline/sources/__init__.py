@@ -18,11 +18,12 @@ from pathlib import Path, PurePosixPath
 
 from cluster.config import nearest
 from cluster.errors import UserError
+from cluster.plain import refuse_credentials
 from data_pipeline.config import SourceConfig
 from data_pipeline.raw import RawSample
-from data_pipeline.sources.folder import find_images, read_class_folders
+from data_pipeline.sources.folder import find_files, read_class_folders
 from data_pipeline.sources.medmnist import read_medmnist
-from data_pipeline.sources.rows import IMAGE_SUFFIXES, SPLIT_NAMES, Row, counted, first, name_of
+from data_pipeline.sources.rows import IMAGE_SUFFIXES, SPLIT_NAMES, Row, counted, first, is_image, name_of
 from data_pipeline.sources.table import read_table
 from data_pipeline.sources.tars import find_shards, read_shards
 
@@ -77,6 +78,7 @@ def class_order(samples: Iterable[RawSample], class_names: Sequence[str] | None)
 def _read_rows(config: SourceConfig, listed_only: bool) -> list[Row]:
     if config.path is None:
         raise UserError("source.path is not set; give the folder with the images, e.g. source.path=DIR")
+    refuse_credentials(config.path, "source", "path")  # the commands `pack` and `audit` have it from their arguments
     if "://" in config.path:
         raise UserError(f"source.path = {config.path}: images are read from local disks; copy them to one")
     root = Path(config.path)
@@ -87,7 +89,8 @@ def _read_rows(config: SourceConfig, listed_only: bool) -> list[Row]:
         return read_shards(find_shards(config.path), config)
     if not root.is_dir():
         raise UserError(f"source.path = {root}: there is no such folder; give the folder with the images")
-    images = find_images(root)
+    files = find_files(root)
+    images = [name for name in files if is_image(name)]
     shards = find_shards(config.path) if not images and config.labels is None else []
     if shards:
         return read_shards(shards, config)
@@ -96,7 +99,7 @@ def _read_rows(config: SourceConfig, listed_only: bool) -> list[Row]:
         raise UserError(f"source.path = {root}: there is no image in it; add some ({known})")
     if config.labels is not None:
         return read_table(root, images, config, listed_only)
-    return read_class_folders(root, images)
+    return read_class_folders(root, files)
 
 
 def _by_name(row: Row, class_names: Sequence[str] | None) -> Row:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import csv
 from collections import Counter, defaultdict
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from cluster.config import nearest
 from cluster.errors import UserError
 from data_pipeline.config import SourceConfig
 from data_pipeline.raw import FilePlace
 from data_pipeline.sources.rows import Row, counted, first
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 PARQUET_SUFFIXES = (".parquet", ".pq")
 COLUMNS = ("image_column", "label_column", "group_column", "split_column")
@@ -66,6 +70,21 @@ def read_table(root: Path, images: list[str], config: SourceConfig, listed_only:
     ]
 
 
+def read_all_columns(path: Path) -> dict[str, list[str]]:
+    """Every column of text or whole numbers, stripped, '' where there is no value: to guess what each of them is.
+
+    Raises:
+        UserError: The file cannot be read as what its suffix says.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no table {path}; give a CSV or Parquet file relative to the folder of the images")
+    if path.suffix.lower() in PARQUET_SUFFIXES:
+        schema = _read_schema(path)
+        names = [name for name in schema.names if _is_text_or_whole(schema.field(name).type)]
+        return _read_parquet(path, {name: name for name in names})
+    return _read_csv(path, {name: name for name in _csv_names(path)})
+
+
 def _read_columns(path: Path, config: SourceConfig) -> dict[str, list[str]]:
     """The values of each configured column, stripped; '' where there is none."""
     if not path.is_file():
@@ -81,6 +100,18 @@ def _read_columns(path: Path, config: SourceConfig) -> dict[str, list[str]]:
     return columns
 
 
+def _csv_names(path: Path) -> list[str]:
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            return [name for name in next(csv.reader(file), []) if name]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise _no_csv(path, error) from None
+
+
+def _no_csv(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is not a CSV in UTF-8 ({error}); save it as one")
+
+
 def _read_csv(path: Path, wanted: dict[str, str]) -> dict[str, list[str]]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -91,26 +122,44 @@ def _read_csv(path: Path, wanted: dict[str, str]) -> dict[str, list[str]]:
                 for setting, name in wanted.items():
                     columns[setting].append(row[name].strip())
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is not a CSV in UTF-8 ({error}); save it as one") from None
+        raise _no_csv(path, error) from None
     return columns
+
+
+def _read_schema(path: Path) -> pa.Schema:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_schema(path)
+    except (pa.ArrowException, OSError) as error:
+        raise _no_parquet(path, error) from None
+
+
+def _no_parquet(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is not a Parquet file that can be read ({' '.join(str(error).split())}); write it again")
+
+
+def _is_text_or_whole(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)
 
 
 def _read_parquet(path: Path, wanted: dict[str, str]) -> dict[str, list[str]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    _check_columns(path, wanted, _read_schema(path).names)
     try:
-        known = pq.read_schema(path).names
-        _check_columns(path, wanted, known)
         table = pq.read_table(path, columns=sorted(set(wanted.values())))
-    except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is not a Parquet file that can be read ({reason}); write it again") from None
+    except (pa.ArrowException, OSError) as error:
+        raise _no_parquet(path, error) from None
     columns = {}
     for setting, name in wanted.items():
         kind = table.schema.field(name).type
-        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)):
+        if not _is_text_or_whole(kind):
             raise UserError(
                 f"{path}: column {name!r} (source.{setting}) holds {kind}; write names or whole numbers into it"
             )

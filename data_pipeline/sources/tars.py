@@ -12,6 +12,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from glob import glob, has_magic
 from pathlib import Path, PurePosixPath
@@ -26,6 +27,8 @@ from data_pipeline.sources.rows import IMAGE_SUFFIXES, Row, counted, first, name
 
 MAX_LABEL_BYTES = 2**20
 """Of a `.cls` or `.json`: more is no label."""
+SAMPLES_LOOKED_INTO = 200
+"""To see which fields there are."""
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 _BROKEN = (tarfile.TarError, OSError, EOFError, ValueError)
 
@@ -91,6 +94,29 @@ def read_shards(shards: list[Path], config: SourceConfig) -> list[Row]:
     for shard, name, split in zip(shards, names, splits, strict=True):
         rows += _read_shard(shard, name, split, config)
     return rows
+
+
+def read_json_fields(shards: list[Path]) -> tuple[dict[str, list[str]], bool]:
+    """The names and whole numbers in the `.json` of the first samples, by field, and whether there are `.cls` too.
+
+    Samples without a field are passed over, and so is what `read_shards` complains of.
+    """
+    fields: dict[str, list[str]] = {}
+    has_cls, seen = False, 0
+    with shards[0].open("rb") as file, suppress(*_BROKEN):
+        for member in _members(shards[0], file):
+            has_cls |= member.name.lower().endswith(".cls")
+            if not member.name.lower().endswith(".json") or not member.isreg() or member.size > MAX_LABEL_BYTES:
+                continue
+            file.seek(member.offset_data)
+            with suppress(ValueError):
+                for name, value in _parse_json(file.read(member.size)).items():
+                    if isinstance(value, str | int) and not isinstance(value, bool):
+                        fields.setdefault(name, []).append(str(value).strip())
+            seen += 1
+            if seen == SAMPLES_LOOKED_INTO:
+                break
+    return fields, has_cls
 
 
 def _read_shard(shard: Path, shard_name: str, split: str, config: SourceConfig) -> Iterator[Row]:
