@@ -85,7 +85,7 @@ class _OverRanks:
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             return super().forward(x)  # type: ignore[misc]
         self._check_input_dim(x)
-        x = _normalise(self, x)
+        x = self._over_ranks(self, x)
         # timm's BatchNormAct2d is followed by these two.
         for part in ("drop", "act"):
             x = getattr(self, part, nn.Identity())(x)
@@ -101,10 +101,11 @@ def _is_known(norm: type[_BatchNorm]) -> bool:
 
 @cache
 def _over_ranks(norm: Any) -> Any:
-    return type(f"Synchronised{norm.__name__}", (_OverRanks, norm), {})
+    # `disable` imports the compiler, 2 s: not where nothing asks for synchronised statistics.
+    normalise = staticmethod(torch.compiler.disable(_normalise))
+    return type(f"Synchronised{norm.__name__}", (_OverRanks, norm), {"_over_ranks": normalise})
 
 
-@torch.compiler.disable
 def _normalise(norm: Any, x: Tensor) -> Tensor:
     """Normalise by the statistics of all ranks and update the running ones, as torch's `_BatchNorm.forward` does."""
     with torch.no_grad():

@@ -12,6 +12,8 @@ from torch import Tensor
 from cluster.errors import UserError
 from trainer.heads import Head
 
+_CHUNK_BYTES = 64 * 2**20
+
 
 def tau_norm(own: Head, tau: float) -> Head:
     """Tau-normalised classifier: w_c / ||w_c||^tau (Kang et al. 2020, arXiv:1910.09217, section 4).
@@ -87,11 +89,16 @@ def fit_temperature(logits: Tensor, labels: Tensor, bounds: tuple[float, float] 
         labels: [N].
         bounds: Smallest and largest T.
     """
-    z = logits.double()
-    target = z.gather(1, labels[:, None])[:, 0]
+    rows = max(1, _CHUNK_BYTES // (8 * logits.shape[1]))  # in float64, and never all of them at once
+    parts = list(zip(logits.split(rows), labels.split(rows), strict=True))
 
     def slope(log_beta: float) -> float:
-        return float(((np.exp(log_beta) * z).softmax(dim=1).mul(z).sum(dim=1) - target).mean())
+        total = 0.0
+        for part, of_part in parts:
+            z = part.double()
+            expected = (float(np.exp(log_beta)) * z).softmax(dim=1).mul_(z).sum(dim=1)
+            total += float((expected - z.gather(1, of_part[:, None])[:, 0]).sum())
+        return total
 
     low, high = -np.log(bounds[1]), -np.log(bounds[0])
     for _ in range(60):

@@ -1,4 +1,4 @@
-"""Configuration of the network, of stage one, of the features and of the evaluation."""
+"""Configuration of the network, of stage one, of the features, of the evaluation and of the report."""
 
 from __future__ import annotations
 
@@ -10,15 +10,20 @@ from cluster.config import ClusterConfig, Section, flatten
 from data_pipeline.config import DataConfig, SamplingConfig, SourceConfig
 from trainer.fine_tune_config import FineTuneConfig
 from trainer.loss_config import ClassificationConfig, LossConfig, check_losses
+from trainer.tracking import TrackingConfig
+
+HUB = "hf-hub:"
+"""How `model.weights` names a model on the Hugging Face hub."""
 
 
 class ModelConfig(Section):
     """Backbone, embedding head and classifier."""
 
-    backbone: str = Field("resnet50", description="Name of a timm model")
+    backbone: str = Field("resnet50", description="Name of a timm network")
     weights: str | None = Field(
         None,
-        description="Starting weights: path or URI of a .safetensors file, 'timm' to download timm's, none = random",
+        description="Starting weights: path or URI of a .safetensors file, folder with config.json and "
+        "model.safetensors, 'hf-hub:OWNER/NAME' for such a model on the hub, 'timm' for timm's own; none = random",
     )
     hidden_dim: int = Field(512, ge=1, description="Width of the embedding head's hidden layer")
     embedding_dim: int = Field(128, ge=2, description="D of the embedding that the metric loss sees")
@@ -57,7 +62,7 @@ class OptimiserConfig(Section):
     )
     options: dict[str, Any] = Field({}, description="Further arguments of the optimiser, e.g. {betas: [0.9, 0.95]}")
     lr: float = Field(1e-3, gt=0, description="Peak learning rate")
-    weight_decay: float = Field(0.05, ge=0)
+    weight_decay: float = Field(0.05, ge=0, description="Of weights; biases and batch norm have none")
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD (Nesterov)")
     warmup_epochs: float = Field(1.0, ge=0, description="Epochs over which the rate grows from 0 to lr, linearly")
     schedule: Literal["cosine", "linear", "step", "multi_step", "constant"] = Field(
@@ -98,7 +103,7 @@ class MemoryConfig(Section):
 class StageOneConfig(Section):
     """Metric learning with a classification loss."""
 
-    epochs: int = Field(20, ge=1)
+    epochs: int = Field(20, ge=1, description="Passes over as many images as train holds")
     batch_size: int = Field(64, ge=2, description="Images a step over all workers, views not counted")
     micro_batch_size: int | None = Field(
         None,
@@ -118,7 +123,9 @@ class StageOneConfig(Section):
         lt=1,
         description="Moving average of the weights, evaluated and exported in their place; none = off",
     )
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="Of the network's arithmetic; weights, optimiser and losses stay in float32"
+    )
     compile: bool = Field(False, description="torch.compile the backbone: slower to start, then faster steps")
     zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage")
     skip_nonfinite_steps: int = Field(
@@ -127,8 +134,16 @@ class StageOneConfig(Section):
     select_by: Literal["balanced_accuracy", "macro_f1", "worst_recall"] = Field(
         "balanced_accuracy", description="Metric on val by which the best epoch is chosen"
     )
-    keep_checkpoints: int = Field(2, ge=1, description="How many of the newest checkpoints stay beside the best one")
-    log_every_steps: int = Field(10, ge=1)
+    keep_checkpoints: int = Field(
+        2, ge=1, description="Checkpoints of how many best epochs stay; beside them always the two newest of all"
+    )
+    checkpoint_every_steps: int | None = Field(
+        None, ge=1, description="Also save in the middle of an epoch, to go on from; none = by time alone"
+    )
+    checkpoint_every_minutes: float | None = Field(
+        10.0, gt=0, description="Also save in the middle of an epoch; none = at the end of each epoch alone"
+    )
+    log_every_steps: int = Field(10, ge=1, description="Steps between two lines of log.jsonl and TensorBoard")
     deepspeed: dict[str, Any] = Field({}, description="Raw DeepSpeed settings, merged last")
 
     @model_validator(mode="after")
@@ -198,13 +213,30 @@ class EvaluationConfig(Section):
         ge=1,
         description="Classes with fewer training images than this are 'few'; none = thirds of the classes",
     )
+    examples_mib: float = Field(
+        64.0,
+        ge=0,
+        description="Room in the model folder for training images as features, with their names, which new images are "
+        "compared with; where they are more, large classes keep some. 0 = none are kept",
+    )
+
+
+class ReportConfig(Section):
+    """What only its makers know about a model; it changes no result, and may be changed after a run."""
+
+    intended_use: str | None = Field(None, description="Who is to use the model for what, in the model card's words")
+    data_licence: str | None = Field(None, description="Terms of the images, e.g. CC BY-NC 4.0")
+    model_licence: str | None = Field(None, description="Terms under which the model is passed on")
+    pictures: bool = Field(
+        True, description="Show small copies of images in the report; false = it may be shown where the images may not"
+    )
 
 
 class TrainerConfig(Section):
     """Everything up to the features, and the evaluation."""
 
     run: str = Field("runs/default", description="Run folder: a path or s3://bucket/prefix")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="Draws splits, order, augmentation, random weights and heads")
     source: SourceConfig = SourceConfig()
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
@@ -212,6 +244,8 @@ class TrainerConfig(Section):
     features: FeaturesConfig = FeaturesConfig()
     fine_tune: FineTuneConfig = FineTuneConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    report: ReportConfig = ReportConfig()
+    tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
@@ -235,10 +269,9 @@ class TrainerConfig(Section):
         batch, streams, sampling = self.stage_one.batch_size, self.data.streams, self.stage_one.sampling
         if batch % streams:
             raise ValueError(f"stage_one.batch_size = {batch} must be a multiple of data.streams = {streams}")
-        if isinstance(self.cluster.workers, int) and self.cluster.workers > streams:
-            raise ValueError(
-                f"cluster.workers = {self.cluster.workers} is more than data.streams = {streams}; raise data.streams"
-            )
+        most = self.cluster.worker_range[1] if self.cluster.worker_range else 1
+        if most > streams:
+            raise ValueError(f"cluster.workers = {most} is more than data.streams = {streams}; raise data.streams")
         if sampling.classes_per_batch and sampling.samples_per_class:
             wanted = sampling.classes_per_batch * sampling.samples_per_class
             if wanted != batch:

@@ -8,19 +8,22 @@ scale that never falls at ZeRO 1 to 3, and adds up gradients in 16 bits there (a
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from argparse import Namespace
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from cluster.build_cache import prepare_builds
 from cluster.errors import UserError
-from trainer.config import OptimiserConfig, StageOneConfig
+from trainer.batch_norm import statistics_held
+from trainer.config import StageOneConfig
 from trainer.model import Classifier, Output
+from trainer.optimiser import build_optimiser, parameter_groups
 
 CHECKPOINT_TAG = "engine"
 AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,39 +47,6 @@ def deepspeed_settings(config: StageOneConfig, world: int) -> dict[str, Any]:
         given = settings["optimizer"].get("params", {})
         settings["optimizer"] = {**settings["optimizer"], "params": {"lr": config.optimiser.lr, **given}}
     return settings
-
-
-def parameter_groups(network: TrainedNetwork, config: StageOneConfig) -> list[dict[str, Any]]:
-    """Decayed weights; biases and the one-dimensional weights of normalisation layers; the loss's own parameters."""
-    own = [p for p in network.classifier.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in own if p.ndim > 1], "weight_decay": config.optimiser.weight_decay},
-        {"params": [p for p in own if p.ndim <= 1], "weight_decay": 0.0},
-        {"params": list(network.of_loss), "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def build_optimiser(groups: list[dict[str, Any]], config: OptimiserConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD of torch, LAMB of timm.
-
-    Raises:
-        UserError: `options` holds what the optimiser does not know.
-    """
-    try:
-        if config.name == "sgd":
-            options = {"momentum": config.momentum, "nesterov": config.momentum > 0, **config.options}
-            return torch.optim.SGD(groups, lr=config.lr, **options)
-        if config.name == "lamb":
-            from timm.optim import Lamb
-
-            return Lamb(groups, lr=config.lr, **{"max_grad_norm": None, **config.options})
-        return torch.optim.AdamW(groups, lr=config.lr, **config.options)
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"stage_one.optimiser.options = {config.options} do not suit {config.name} ({error}); give arguments of "
-            f"that optimiser"
-        ) from None
 
 
 class TrainedNetwork(nn.Module):
@@ -126,13 +96,19 @@ class Engine:
             UserError: DeepSpeed refuses the raw settings, or has no such optimiser for this device.
         """
         import deepspeed
+        import deepspeed.ops
 
+        prepare_builds()
+        if device == "cpu":
+            # An operator for inference, which DeepSpeed would build here: 40 s, g++ and ninja, and a lock that stays
+            # where the build is killed. Training never calls it.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # Ray Train has made the process group; DeepSpeed takes it over.
         deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)
         if config.compile:
             model.backbone.compile()
         network = TrainedNetwork(model, metric_loss, AUTOCAST_DTYPES[config.precision], device)
-        groups = parameter_groups(network, config)
+        groups = parameter_groups(model, list(network.of_loss), config.optimiser.weight_decay)
         of_loss = {id(p) for p in network.of_loss}
         # By position: DeepSpeed makes the groups' parameters anew, and keeps their order.
         self._lr_ratios = [config.loss.lr_ratio if id(group["params"][0]) in of_loss else 1.0 for group in groups]
@@ -201,7 +177,8 @@ class Engine:
         self._engine.set_gradient_accumulation_boundary(last)
         if self._scaler is not None and self._zero_stage == 0:
             loss = loss * self._scaler.cur_scale
-        with _statistics_held(self._recomputed):
+        # Activations that are computed a second time must not move the running statistics a second time.
+        with statistics_held(self._recomputed) if self._recomputed is not None else nullcontext():
             self._engine.backward(loss)
 
     def step(self, lr: float) -> bool:
@@ -225,9 +202,16 @@ class Engine:
         scaler = self._scaler.__dict__ if self._scaler is not None and self._zero_stage == 0 else {}
         self._engine.save_checkpoint(str(folder), tag=CHECKPOINT_TAG, client_state={"loss_scaler": scaler})
 
-    def load(self, folder: Path) -> None:
-        """Go on from a verified checkpoint. Every rank takes part."""
+    def load(self, folder: Path, universal: bool = False) -> None:
+        """Go on from a verified checkpoint. Every rank takes part.
+
+        Args:
+            folder: Of `save`.
+            universal: It was made by another number of ranks and is in DeepSpeed's universal format now.
+        """
+        self._engine._config.load_universal_checkpoint = universal
         _, state = self._engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
+        self._engine._config.load_universal_checkpoint = False
         if self._scaler is None:
             return
         if self._zero_stage == 0:
@@ -273,18 +257,26 @@ class Engine:
         return scaler
 
 
-@contextmanager
-def _statistics_held(model: nn.Module | None) -> Iterator[None]:
-    """Keep a model's running statistics while its activations are computed a second time; None = nothing to do."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)] if model is not None else []
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
+def convert_to_universal(source: Path, destination: Path) -> None:
+    """DeepSpeed's own converter: what one number of ranks has saved -> what any number can load.
+
+    Args:
+        source: The checkpoint's folder of DeepSpeed's files, `FOLDER / CHECKPOINT_TAG`.
+        destination: Likewise, an empty folder.
+    """
+    from deepspeed.checkpoint import ds_to_universal
+
+    wanted = Namespace(
+        input_folder=str(source),
+        output_folder=str(destination),
+        num_extract_workers=1,  # more of them are processes, which a worker of Ray's must not fork
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        ds_to_universal.main(wanted)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The report's evidence: results, classes, confusion, training, search; each section a function of the inputs."""
+"""The report's evidence: classes, confusion, training, search; each section a function of the inputs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trainer import figures
+from trainer import figures, gallery
 from trainer.findings import (
     ReportInputs,
     best_per_family,
@@ -22,19 +22,28 @@ from trainer.page import (
     Column,
     Columns,
     Section,
+    breakable,
     change,
     figure,
-    interval_track,
+    known_span,
     legend,
     move_track,
     percent,
     scale_ends,
     signed_points,
-    span,
     table,
     text,
 )
 
+CLASSIFICATION_LOSS_NAMES = {
+    "cross_entropy": "cross-entropy",
+    "balanced_softmax": "balanced softmax",
+    "logit_adjusted": "logit-adjusted cross-entropy",
+    "focal": "focal loss",
+    "ldam": "LDAM",
+    "cosface": "CosFace",
+    "arcface": "ArcFace",
+}
 METRIC_NAMES = {"balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1", "worst_recall": "the worst class"}
 KNOB_NAMES = {
     "power": "q (sampling power)",
@@ -53,38 +62,6 @@ MAX_ROWS = 60  # classes in the table; of more, the rarest are shown
 MAX_MATRIX = 40  # classes in a confusion matrix; of more, those that are confused most
 
 
-def results(inputs: ReportInputs) -> Section:
-    """The result table."""
-    ends = [end for row in inputs.rows for end in row.interval]
-    scale = (max(0.0, min(ends) - 0.03), min(1.0, max(ends) + 0.03))
-    best = max(row.balanced_accuracy for row in inputs.rows)
-    chosen = next(index for index, row in enumerate(inputs.rows) if row.name == inputs.winner)
-    rows = []
-    for index, row in enumerate(inputs.rows):
-        weight = "strong" if row.balanced_accuracy == best else "span"
-        shares = (row.macro_f1, row.worst_recall, row.many, row.medium, row.few, row.ece)
-        rows.append(
-            [
-                f"{text(row.description)}<small>{text(row.detail)}</small>",
-                f"<{weight}>{percent(row.balanced_accuracy)}</{weight}><small>{span(row.interval)}</small>",
-                interval_track(row.balanced_accuracy, row.interval, scale, index == chosen),
-                *(percent(share) for share in shares),
-            ]
-        )
-    columns: Columns = ["model", "balanced accuracy<small>95 % interval</small>", scale_ends(*scale)]
-    columns += ["macro F1", "worst class", "many", "medium", "few", "ECE"]
-    note = (
-        "All figures in percent, on the test split. Balanced accuracy is the mean recall over classes; its interval is "
-        f"a bootstrap over the {inputs.test_groups:,} groups, so images of one patient or lesion stay together. Many, "
-        "medium, few: mean recall of the common, middle and rare classes. ECE: expected calibration error."
-    )
-    lead = (
-        "<p>The highlighted row is the model that was chosen on val before test was read. It need not be the best row "
-        "here; the best balanced accuracy is set in bold.</p>"
-    )
-    return Section("results", "Results", "Results", f"{lead}\n{table(columns, rows, note, chosen)}")
-
-
 def recall(inputs: ReportInputs) -> Section:
     """Per-class recall against class frequency, before and after."""
     before, after = inputs.row(inputs.own).per_class_recall, inputs.row(inputs.winner).per_class_recall
@@ -93,12 +70,12 @@ def recall(inputs: ReportInputs) -> Section:
     shown = order[-MAX_ROWS:]
     rows = [
         [
-            text(inputs.classes[index]),
+            breakable(inputs.classes[index]),
             f"{train[index]:,}",
             f"{test[index]:,}",
             move_track(before[index], after[index]),
             percent(before[index], 0),
-            percent(after[index], 0),
+            _with_interval(inputs, index, percent(after[index], 0)),
             change(before[index], after[index]),
         ]
         for index in shown
@@ -113,9 +90,9 @@ def recall(inputs: ReportInputs) -> Section:
     )
     columns: Columns = ["class", Column("train", spare=True), Column("test", spare=True), f"recall{scale_ends(0, 1)}"]
     listing = table(
-        [*columns, "before", "after", "points"],
+        [*columns, Column("before", spare=True), "after", "points"],
         rows,
-        f"Commonest class first; recall in percent.{left_out}",
+        f"Commonest class first; recall in percent, small: its 95 % interval over groups.{left_out}",
     )
     picture = figure(
         figures.recall_by_frequency(train, before, after, inputs.classes),
@@ -125,29 +102,35 @@ def recall(inputs: ReportInputs) -> Section:
     return Section("recall", "Classes", "Which classes gained", f"{keys}\n{listing}\n{picture}")
 
 
+def _with_interval(inputs: ReportInputs, label: int, recall_text: str) -> str:
+    if not inputs.recall_intervals:
+        return recall_text
+    return f"{recall_text}<small>{known_span(inputs.recall_intervals[label], 0)}</small>"
+
+
 def confusions(inputs: ReportInputs) -> Section:
     """Confusion matrices and the most confused pairs."""
     confused = set(classes_in_confusions(inputs.winner_confusion, MAX_MATRIX))
     kept = [index for index in rarest_last(inputs) if index in confused]
     names = [inputs.classes[index] for index in kept]
     pictures = []
-    for name, title, counts in (
+    for when, title, counts in (
         ("after", "After.", inputs.winner_confusion),
         ("before", "Before.", inputs.own_confusion),
     ):
-        svg, width = figures.confusion(row_shares(counts)[np.ix_(kept, kept)], names, name)
+        svg, width = figures.confusion(row_shares(counts)[np.ix_(kept, kept)], names, when)
         note = f"<b>{title}</b> Share of each true class, in percent; the diagonal is recall."
         shrinks_to = 0 if width < 460 else round(0.75 * width)
         pictures.append(figure(svg, note, round(1.1 * width), shrinks_to))
     rows = [
         [
-            text(inputs.classes[pair.true]),
-            text(inputs.classes[pair.predicted]),
+            breakable(inputs.classes[pair.true]),
+            breakable(inputs.classes[pair.predicted]),
             f"{pair.images} of {pair.of}",
             percent(pair.share, 0),
             percent(pair.share_before, 0),
         ]
-        for pair in most_confused(inputs)
+        for pair in most_confused(inputs.winner_confusion, inputs.own_confusion)
     ]
     columns: Columns = [
         "true class",
@@ -161,21 +144,27 @@ def confusions(inputs: ReportInputs) -> Section:
     part = f"<p>Of {len(inputs.classes)} classes, the {len(kept)} confused most.</p>"
     lead = part if len(kept) < len(inputs.classes) else ""
     content = f'{lead}<div class="grid wide">{"".join(pictures)}</div>\n<h3>Most confused pairs</h3>\n{pairs}'
+    content += gallery.confused_pairs(inputs)
     return Section("confusion", "Confusion", "What is taken for what", content)
 
 
 def training(inputs: ReportInputs) -> Section:
     """Curves of stage one."""
-    stage_one = [line for line in inputs.history if line.get("stage", "stage_one") == "stage_one"]
-    steps = [line for line in stage_one if line.get("kind") == "step"]
-    epochs = [line for line in stage_one if line.get("kind") == "epoch"]
+    stage = inputs.config.get("stage_one", {})
+    logged = [line for line in inputs.history if line.get("stage", "stage_one") == "stage_one"]
+    steps = [line for line in logged if line.get("kind") == "step"]
+    epochs = [line for line in logged if line.get("kind") == "epoch"]
     pictures = []
     if steps:
-        pictures.append(figure(figures.loss_curve(steps), "<b>Loss</b> on training batches.", 460))
+        by = stage.get("classification", {}).get("name", "cross_entropy")
+        svg = figures.loss_curve(steps, CLASSIFICATION_LOSS_NAMES[by])
+        pictures.append(figure(svg, "<b>Loss</b> on training batches.", 460))
     if epochs:
         baseline = [line for line in inputs.history if (line.get("stage"), line.get("kind")) == ("baseline", "epoch")]
-        svg = figures.validation_curve(epochs, inputs.select_by, baseline)
-        pictures.append(figure(svg, "<b>Validation</b> after each epoch; the ring marks the epoch that was kept.", 460))
+        by = stage.get("select_by", "balanced_accuracy")
+        svg = figures.validation_curve(epochs, by, baseline, inputs.kept_epoch)
+        ring = "" if inputs.kept_epoch is None else "; the ring marks the epoch that was kept"
+        pictures.append(figure(svg, f"<b>Validation</b> after each epoch{ring}.", 460))
     if steps:
         pictures.append(figure(figures.throughput_curve(steps), "<b>Speed</b>, all workers together.", 460))
     content = f'<div class="grid">{"".join(pictures)}</div>' if pictures else "<p>No step was logged.</p>"
@@ -195,13 +184,13 @@ def search(inputs: ReportInputs) -> Section:
             text(FAMILY_NAMES.get(row["family"], row["family"])),
             f"{sum(line['family'] == row['family'] for line in inputs.search):,}",
             percent(row["score"]),
-            *(f"{row[knob]:.3g}" if is_number(row.get(knob)) else "" for knob in knobs),
+            ", ".join(f"{text(KNOB_NAMES[knob])} {row[knob]:.3g}" for knob in knobs if is_number(row.get(knob))),
         ]
         for row in best
     ]
     overview = figure(
-        figures.search_by_family(inputs.search, families, FAMILY_NAMES),
-        "<b>Score by family.</b> A mark a head; the ring is the family's best.",
+        figures.search_by_family(inputs.search, best, FAMILY_NAMES),
+        "<b>Score by family.</b> A mark a head; the ring is the one that the family is judged by.",
         520,
     )
     panels = [
@@ -210,10 +199,14 @@ def search(inputs: ReportInputs) -> Section:
     columns: Columns = [
         Column("family"),
         Column("heads", spare=True),
-        "best score",
-        *(text(KNOB_NAMES[knob]) for knob in knobs),
+        "score of the chosen head",
+        Column("settings", left=True),
     ]
-    listing = table(columns, rows, "The best head of each family and its settings; scores in percent.", chosen=0)
+    note = (
+        "The chosen head of each family (of those that were trained with more seeds the one with the highest lower "
+        "bound, else the one with the best score) and its settings; scores in percent."
+    )
+    listing = table(columns, rows, note, chosen=0)
     keys = legend(_family_key(family, families) for family in families)
     grid = f'<h3>Score against each setting</h3>{keys}<div class="grid">{"".join(panels)}</div>' if panels else ""
     return Section("search", "Search", SEARCH_TITLE, f"{_search_lead(inputs)}\n{overview}\n{listing}\n{grid}")

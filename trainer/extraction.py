@@ -6,23 +6,27 @@ Shapes: B images, V views, D feature.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from cluster.checkpoint import sha256_of, verify
 from cluster.errors import UserError
-from cluster.launch import Worker, run_workers
+from cluster.launch import run_workers
 from cluster.progress import progress_bar
 from cluster.run import RunFolder
+from cluster.worker import Worker
+from data_pipeline.damage import check_left_out
 from data_pipeline.dataset import Dataset, open_dataset
 from data_pipeline.passes import augmented_batches, evaluation_batches
 from data_pipeline.read_ahead import Batch
 from trainer.config import TrainerConfig
+from trainer.feature_mirror import fetch_features
 from trainer.features import MANIFEST_FILE, Features, read_manifest, write_manifest, write_part
 from trainer.model import Classifier
 from trainer.stage_checkpoint import WEIGHTS_FILE, load_classifier
@@ -58,17 +62,22 @@ def extract_features(config: TrainerConfig, dataset: Dataset, run: RunFolder, *w
     sha256 = {name: sha256_of(fetch_checkpoint(run, path) / WEIGHTS_FILE) for name, path in checkpoints.items()}
     missing = [w for w in wanted if not _is_there(run, w, sha256[w.name], made_with(config, dataset, w.splits))]
     if not missing:
-        return [run.fetch(w.folder) for w in wanted]
+        return [fetch_features(f"{run.uri}/{w.folder}") for w in wanted]
     for w in missing:  # parts that are replaced one by one must not pass for whole features meanwhile
         run.storage.delete(f"{w.folder}/{MANIFEST_FILE}")
-    made: list[dict[str, Any]] = []
+    made: dict[tuple[Any, ...], dict[str, Any]] = {}
     splits = [split for w in missing for split in w.splits]
     images = sum(len(dataset.index(split)) * views_of(config, split) for split in splits)
     with progress_bar(f"features of {' + '.join(splits)}", images) as bar:
 
         def on_message(message: dict[str, Any]) -> None:
-            made.append(message)
-            bar.update(sum(m["images"] for m in made))
+            if "images" not in message:  # an incident
+                run.log({"stage": "features", **message})
+                return
+            for part in [part for part, other in made.items() if other["world"] != message["world"]]:
+                del made[part]  # of as many workers as there were before a restart
+            made[message["folder"], message["split"], message["rank"]] = message
+            bar.update(sum(part["images"] for part in made.values()))
 
         run_workers(
             _extract,
@@ -83,19 +92,22 @@ def extract_features(config: TrainerConfig, dataset: Dataset, run: RunFolder, *w
             cluster=config.cluster,
             on_message=on_message,
         )
+    last = next(iter(made.values()))
     for w in missing:
+        folder = fetch_features(f"{run.uri}/{w.folder}", declared=False)
         write_manifest(
-            run.fetch(w.folder),
+            folder,
             backbone=config.model.backbone,
             checkpoint_sha256=sha256[w.name],
-            dim=made[0]["dim"],
+            dim=last["dim"],
             rows={split: len(dataset.index(split)) for split in w.splits},
-            parts=made[0]["world"],
+            parts=last["world"],
             views={split: views_of(config, split) for split in w.splits},
             made_with=made_with(config, dataset, w.splits),
         )
-        run.publish(f"{w.folder}/{MANIFEST_FILE}")
-    return [run.fetch(w.folder) for w in wanted]
+        if not run.is_local:
+            run.storage.upload(folder / MANIFEST_FILE, f"{w.folder}/{MANIFEST_FILE}")
+    return [fetch_features(f"{run.uri}/{w.folder}") for w in wanted]
 
 
 def views_of(config: TrainerConfig, split: str) -> int:
@@ -116,7 +128,7 @@ def made_with(config: TrainerConfig, dataset: Dataset, splits: Sequence[str]) ->
 def _is_there(run: RunFolder, wanted: Extraction, weights_sha256: str, decides: dict[str, Any]) -> bool:
     if not run.storage.exists(f"{wanted.folder}/{MANIFEST_FILE}"):
         return False
-    manifest = read_manifest(run.fetch(wanted.folder))
+    manifest = read_manifest(fetch_features(f"{run.uri}/{wanted.folder}"))
     return manifest["checkpoint_sha256"] == weights_sha256 and manifest.get("made_with") == decides
 
 
@@ -136,6 +148,7 @@ def extract(
     rank: int = 0,
     world: int = 1,
     device: torch.device,
+    worker: Worker | None = None,
 ) -> Features:
     """This worker's part of a split's features: its images through the backbone in evaluation mode.
 
@@ -147,12 +160,14 @@ def extract(
         rank: Number of this worker.
         world: Number of workers.
         device: Where the model is.
+        worker: Is told that work goes on, and of damaged images.
 
     Raises:
         UserError: A feature is not finite in float16; the message names the sample.
     """
     size, further = config.features.batch_size, views_of(config, split) - 1
-    place: dict[str, Any] = {"rank": rank, "world": world, "device": device}
+    worker = worker or Worker(rank, world, device.type)
+    place: dict[str, Any] = {"rank": rank, "world": world, "device": device, "warn": worker.warn}
     passes = [(evaluation_batches(dataset, config.data, split, batch_size=size, **place), 1)]
     if further:  # as many images in a forward pass as without views
         at_once: dict[str, Any] = {"batch_size": max(1, size // further), "views": further, "seed": config.seed}
@@ -160,7 +175,7 @@ def extract(
     was_training = model.training
     model.eval()
     try:
-        made = [_through(model, batches, views) for batches, views in passes]
+        made = [_through(model, worker.beating(batches, f"features of {split}"), views) for batches, views in passes]
     finally:
         model.train(was_training)
     # Whether a damaged image can be decoded may depend on the crop: one that lacks a view is left out.
@@ -171,7 +186,7 @@ def extract(
     return _checked(dataset, split, rows, np.concatenate(kept) if further else kept[0])
 
 
-def _through(model: Classifier, batches: Iterator[Batch], views: int) -> tuple[np.ndarray, np.ndarray]:
+def _through(model: Classifier, batches: Iterable[Batch], views: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows [N] in order, and their features, float16 [V, N, D]."""
     rows = [np.empty(0, dtype=np.int64)]
     parts = [np.empty((views, 0, model.feature_dim), dtype=np.float16)]
@@ -205,8 +220,13 @@ def _extract(
     for extraction, checkpoint in wanted:
         model = load_classifier(fetch_checkpoint(run, checkpoint), config, len(dataset.classes)).to(device)
         for split in extraction.splits:
-            part = extract(model, dataset, config, split, rank=worker.rank, world=worker.world, device=device)
+            place: dict[str, Any] = {"rank": worker.rank, "world": worker.world, "device": device}
+            part = extract(model, dataset, config, split, worker=worker, **place)
+            rows: list[np.ndarray] = [part.rows] * worker.world
+            dist.all_gather_object(rows, part.rows)
+            check_left_out(dataset, split, np.concatenate(rows), config.data.max_damaged)
             with tempfile.TemporaryDirectory(prefix="rarelens-features-") as scratch:
                 file = write_part(scratch, split, worker.rank, part)
                 run.storage.upload(file, f"{extraction.folder}/{file.name}")
-            worker.tell({"images": len(part.x), "dim": part.x.shape[1], "world": worker.world})
+            said = {"folder": extraction.folder, "split": split, "rank": worker.rank, "world": worker.world}
+            worker.tell({"images": len(part.x), "dim": part.x.shape[1], **said})

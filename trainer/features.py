@@ -149,10 +149,15 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"features {folder} hold no {MANIFEST_FILE}, so they are missing or unfinished; {_REMEDY}")
     try:
         manifest = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        version = manifest.get("format")
+    except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); {_REMEDY}") from None
-    if manifest.get("format") != FORMAT_VERSION:
+    if version != FORMAT_VERSION:
         raise UserError(f"{path} has format {manifest.get('format')!r}, this program reads {FORMAT_VERSION}; {_REMEDY}")
+    kinds = {"backbone": str, "checkpoint_sha256": str, "dim": int, "parts": int, "rows": dict, "left_out": dict}
+    wrong = [name for name, kind in kinds.items() if not isinstance(manifest.get(name), kind) or not manifest[name]]
+    if wrong:
+        raise UserError(f"{path} lacks a {wrong[0]} that can be used; {_REMEDY}")
     return manifest
 
 

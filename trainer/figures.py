@@ -23,6 +23,8 @@ from trainer.svg import (
     VERMILLION,
     canvas,
     css_colour,
+    percent_axis,
+    plain_log_axis,
     to_svg,
 )
 
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 MAX_POINTS_AS_SHAPES = 1200  # beyond, a scatter becomes a small picture inside the SVG: the page stays light
 MAX_LABEL = 20
+FAINTEST_CELL, FULLEST_CELL = 0.06, 0.55
+"""Opacity of a confusion's cells: the ink on the fullest has a contrast of 4.5, in light and in dark."""
 
 # Colour and marker of a head family: told apart without colour, too. A family of no look gets one of the spare ones.
 FAMILY_LOOKS = {
@@ -81,14 +85,15 @@ def recall_by_frequency(
     axes.scatter(x, low, s=42, c=PAPER, edgecolors=GREY, linewidths=1.6, zorder=3, rasterized=as_pixels)
     axes.scatter(x, high, s=48, c=colours, linewidths=0, zorder=4, rasterized=as_pixels)
     # Names for the largest gain and the largest loss only: the table has them all.
-    for place in {int((high - low).argmax()), int((high - low).argmin())} if len(seen) else ():
-        if high[place] != low[place]:
+    rise = high - low
+    for place, rose in ((int(rise.argmax()), True), (int(rise.argmin()), False)) if len(seen) else ():
+        if rise[place] > 0 if rose else rise[place] < 0:
             index = int(seen[place])
-            _name_class(axes, index, counts, high[place], high[place] > low[place], classes[index])
+            _name_class(axes, index, counts, high[place], rose, classes[index])
     axes.set_xscale("log")
     _plain_counts(axes, counts)
     axes.set_ylim(-0.03, 1.03)
-    _percent_axis(axes.yaxis)
+    percent_axis(axes.yaxis)
     axes.set_xlabel("training images of the class")
     axes.set_ylabel("recall on test")
     return to_svg(figure, "recall", "Recall of each class against its number of training images, before and after")
@@ -111,11 +116,10 @@ def confusion(shares: np.ndarray, classes: Sequence[str], name: str) -> tuple[st
             continue
         on_diagonal = row == column
         # Opacity, not lightness: the same picture reads on white and on black.
-        colour, opacity = (BLUE if on_diagonal else VERMILLION), 0.06 + 0.9 * share
+        colour, opacity = (BLUE if on_diagonal else VERMILLION), FAINTEST_CELL + (FULLEST_CELL - FAINTEST_CELL) * share
         axes.add_patch(Rectangle((column, row), 1, 1, facecolor=colour, alpha=opacity, linewidth=0))
         if cell >= 22 and share >= 0.005:
-            ink = PAPER if share > 0.72 else INK  # readable on both in light and in dark
-            number = axes.text(column + 0.5, row + 0.52, f"{100 * share:.0f}", ha="center", va="center", color=ink)
+            number = axes.text(column + 0.5, row + 0.52, f"{100 * share:.0f}", ha="center", va="center", color=INK)
             number.set_fontsize(FONT_PX)
     axes.set(xlim=(0, size), ylim=(size, 0))
     axes.set_xticks(np.arange(size) + 0.5, labels, rotation=50, ha="right", rotation_mode="anchor", parse_math=False)
@@ -128,12 +132,17 @@ def confusion(shares: np.ndarray, classes: Sequence[str], name: str) -> tuple[st
     return to_svg(figure, f"confusion-{name}", f"Confusion matrix, {name}: share of each true class"), round(width)
 
 
-def loss_curve(steps: Sequence[Mapping[str, Any]]) -> str:
-    """Loss and its terms against the step; a running mean over the raw values."""
+def loss_curve(steps: Sequence[Mapping[str, Any]], classification: str) -> str:
+    """Loss and its terms against the step; a running mean over the raw values.
+
+    Args:
+        steps: Log lines; their `cross_entropy` is the classification loss, whichever it was.
+        classification: What that one is called.
+    """
     figure, axes = canvas(310, 210)
     terms = (
         ("loss", "loss", INK, "-"),
-        ("cross_entropy", "cross-entropy", BLUE, "-"),
+        ("cross_entropy", classification, BLUE, "-"),
         ("metric_loss", "metric loss", ORANGE, "--"),
     )
     for key, label, colour, style in terms:
@@ -150,8 +159,20 @@ def loss_curve(steps: Sequence[Mapping[str, Any]]) -> str:
     return to_svg(figure, "loss", "Training loss and its terms against the step")
 
 
-def validation_curve(epochs: Sequence[Mapping[str, Any]], select_by: str, baseline: Sequence[Mapping[str, Any]]) -> str:
-    """Metrics on val an epoch; the chosen epoch is marked, the baseline's course is dotted."""
+def validation_curve(
+    epochs: Sequence[Mapping[str, Any]],
+    select_by: str,
+    baseline: Sequence[Mapping[str, Any]],
+    kept_epoch: int | None,
+) -> str:
+    """Metrics on val an epoch; the kept epoch is ringed, the baseline's course is dotted.
+
+    Args:
+        epochs: Log lines of stage one; epochs count from 0 there and from 1 in the picture.
+        select_by: Metric by which the epoch was chosen.
+        baseline: Log lines of plain cross-entropy.
+        kept_epoch: As in the log; None = not known.
+    """
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = canvas(310, 210)
@@ -165,15 +186,15 @@ def validation_curve(epochs: Sequence[Mapping[str, Any]], select_by: str, baseli
         if not points:
             continue
         axes.plot(*zip(*points, strict=True), style, color=colour, label=label, marker="o", markersize=3.5)
-        if key == select_by:
-            best = max(points, key=lambda point: point[1])
-            axes.plot(*best, "o", markersize=11, markerfacecolor="none", markeredgecolor=colour, markeredgewidth=1.4)
+        if key == select_by and kept_epoch is not None:
+            for place in (place for place in points if place[0] == kept_epoch + 1):
+                _ring(axes, *place, colour)
     points = [(line["epoch"] + 1, line[select_by]) for line in baseline if is_number(line.get(select_by))]
     if points:
         axes.plot(*zip(*points, strict=True), ":", color=GREY, label="plain cross-entropy", linewidth=1.8)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(0, 1)
-    _percent_axis(axes.yaxis)
+    percent_axis(axes.yaxis)
     axes.set_xlabel("epoch")
     axes.set_ylabel("on val")
     _legend(axes)
@@ -192,21 +213,29 @@ def throughput_curve(steps: Sequence[Mapping[str, Any]]) -> str:
     return to_svg(figure, "throughput", "Images per second against the step")
 
 
-def search_by_family(search: Sequence[Mapping[str, Any]], families: Sequence[str], names: Mapping[str, str]) -> str:
-    """Score on val of every head, a row a family, best family on top; the best head of each is ringed."""
+def search_by_family(
+    search: Sequence[Mapping[str, Any]], chosen: Sequence[Mapping[str, Any]], names: Mapping[str, str]
+) -> str:
+    """Score on val of every head, a row a family; the chosen head of each is ringed.
+
+    Args:
+        search: A row a head.
+        chosen: Of those, the one of each family, best family first (`trainer.findings.best_per_family`).
+        names: Of families, for people.
+    """
+    families = [head["family"] for head in chosen]
     figure, axes = canvas(400, 62 + 36 * len(families))
     spread = np.random.default_rng(0)
-    for row, family in enumerate(families):
-        colour, marker = _look(family, families)
-        scores = np.array([line["score"] for line in search if line["family"] == family and is_number(line["score"])])
-        heights = row + spread.uniform(-0.27, 0.27, len(scores))
-        _scatter(axes, scores, heights, colour, marker)
-        best = int(scores.argmax())
-        axes.plot(scores[best], heights[best], "o", markersize=12, markerfacecolor="none", markeredgecolor=INK)
+    for row, (family, head) in enumerate(zip(families, chosen, strict=True)):
+        heads = [line for line in search if line["family"] == family and is_number(line["score"])]
+        heights = row + spread.uniform(-0.27, 0.27, len(heads))
+        _scatter(axes, np.array([line["score"] for line in heads]), heights, *_look(family, families))
+        place = next(place for place, line in enumerate(heads) if line is head)
+        _ring(axes, head["score"], heights[place], INK)
     axes.set_yticks(range(len(families)), [_short(names.get(family, family)) for family in families], parse_math=False)
     axes.set_ylim(len(families) - 0.45, -0.55)
     axes.grid(False, axis="y")
-    _percent_axis(axes.xaxis)
+    percent_axis(axes.xaxis)
     axes.set_xlabel("score on val")
     return to_svg(figure, "families", "Score on the validation split of every head, by family")
 
@@ -221,8 +250,8 @@ def search_by_knob(search: Sequence[Mapping[str, Any]], knob: str, label: str, f
             x, y = np.array(points, dtype=np.float64).T
             _scatter(axes, x, y, *_look(family, families))
     if knob in LOG_KNOBS:
-        axes.set_xscale("log")
-    _percent_axis(axes.yaxis)
+        plain_log_axis(axes)
+    percent_axis(axes.yaxis)
     axes.set_xlabel(label)
     axes.set_ylabel("score on val")
     return to_svg(figure, f"knob-{knob}", f"Score on the validation split against {label}")
@@ -231,6 +260,10 @@ def search_by_knob(search: Sequence[Mapping[str, Any]], knob: str, label: str, f
 def _scatter(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, marker: str) -> None:
     as_pixels = len(x) > MAX_POINTS_AS_SHAPES
     axes.scatter(x, y, s=20, c=colour, marker=marker, alpha=0.55, linewidths=0, rasterized=as_pixels, zorder=3)
+
+
+def _ring(axes: Axes, x: float, y: float, colour: str) -> None:
+    axes.plot(x, y, "o", markersize=11, markerfacecolor="none", markeredgecolor=colour, markeredgewidth=1.4)
 
 
 def _look(family: str, families: Sequence[str]) -> tuple[str, str]:
@@ -278,10 +311,6 @@ def _plain_counts(axes: Axes, counts: Sequence[int]) -> None:
     axes.set_xticks(ticks or present[:1], [f"{tick:,}" for tick in ticks or present[:1]])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlim(low, high)
-
-
-def _percent_axis(axis: Any) -> None:
-    axis.set_major_formatter(lambda share, _: f"{100 * share:.4g} %")
 
 
 def _running_mean(values: np.ndarray, width: int) -> np.ndarray:

@@ -12,7 +12,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from trainer.calibration import Calibration
+from trainer.operating_points import OperatingPoints
+from trainer.projection import EmbeddingMap
+
 FEW_TEST_IMAGES = 10  # below this one image moves a class's recall by more than 10 points: the report names the class
+CONFUSED_PAIRS = 10  # as many are told, and as many have pictures
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,16 @@ class ResultRow:
     ece: float
     """Expected calibration error, after the temperature."""
     per_class_recall: Sequence[float | None]
+    per_class_auc: Sequence[float | None] = ()
+    accuracy: float | None = None
+    ece_before: float | None = None
+    """Before the temperature."""
+    auc: float | None = None
+    average_precision: float | None = None
+    recall_at_1: float | None = None
+    map_at_r: float | None = None
+    intervals: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
+    """figure -> 95 % bootstrap over groups; of the figures above."""
     detail: str = ""
     """Settings, such as a head's knobs; set small under the description."""
 
@@ -49,6 +64,31 @@ class Gain:
     value: float
     interval: tuple[float, float]
     """95 % paired bootstrap over groups."""
+    figures: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """figure -> its `value` and `interval`, of every figure of a row."""
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A test image that the model takes for another class."""
+
+    key: str
+    true: int
+    predicted: int
+    p_true: float
+    p_predicted: float
+
+
+@dataclass(frozen=True)
+class LookAlike:
+    """Pictures of two classes that the model confuses, as keys of test images."""
+
+    true: int
+    predicted: int
+    taken: Sequence[str]
+    """Images of `true` that are taken for `predicted`."""
+    rightly: Sequence[str]
+    """Images of `predicted` that are recognised."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +110,8 @@ class ReportInputs:
     test_groups: int
     history: Sequence[Mapping[str, Any]] = ()
     """Lines of log.jsonl: stage, kind ('step' or 'epoch'), step, epoch, and the values."""
+    kept_epoch: int | None = None
+    """Of stage one, as the log counts them; None = not known."""
     search: Sequence[Mapping[str, Any]] = ()
     """A row a head: family, its knobs (None where it has none), score on val."""
     choice: Mapping[str, Any] = field(default_factory=dict)
@@ -91,8 +133,23 @@ class ReportInputs:
     versions: Mapping[str, str] = field(default_factory=dict)
     hashes: Mapping[str, str] = field(default_factory=dict)
     """what -> SHA-256."""
-    examples: Sequence[Sequence[bytes]] = ()
-    """Encoded training images of each class; four of each are shown."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Of `model.json`: when and by what the model was made."""
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
+    """Of `model.json`: image_px, resize_ratio, mean, std."""
+    temperature: float | None = None
+    pictures: Mapping[str, bytes] = field(default_factory=dict)
+    """key -> JPEG, small copies of images of the dataset; what has none is left out of the page."""
+    examples: Sequence[Sequence[str]] = ()
+    """Keys of training images of each class."""
+    look_alikes: Sequence[LookAlike] = ()
+    mistakes: Sequence[Mistake] = ()
+    """The worst first."""
+    recall_intervals: Sequence[Sequence[float | None]] = ()
+    """[C, 2], 95 %, of the model's recall of each class."""
+    embedding_map: EmbeddingMap | None = None
+    calibration: Calibration | None = None
+    operating_points: OperatingPoints | None = None
 
     def row(self, name: str) -> ResultRow:
         """The result row of that name."""
@@ -134,14 +191,27 @@ def row_shares(confusion: Sequence[Sequence[int]]) -> np.ndarray:
     return np.divide(counts, totals, out=np.full_like(counts, np.nan), where=totals > 0)
 
 
-def most_confused(inputs: ReportInputs, limit: int = 10) -> list[Confused]:
-    """Pairs that the winner confuses, largest share of the true class first; ties by number of images."""
-    counts = np.asarray(inputs.winner_confusion, dtype=np.int64)
-    shares, before = row_shares(inputs.winner_confusion), row_shares(inputs.own_confusion)
+def most_confused(
+    after: Sequence[Sequence[int]], before: Sequence[Sequence[int]], limit: int = CONFUSED_PAIRS
+) -> list[Confused]:
+    """Pairs that the model confuses, largest share of the true class first; ties by number of images.
+
+    Args:
+        after: Test images [C, C], row = true class, of the model.
+        before: The same of stage one's own classifier.
+        limit: Pairs wanted.
+    """
+    counts = np.asarray(after, dtype=np.int64)
+    shares, shares_before = row_shares(after), row_shares(before)
     totals = counts.sum(axis=1)
     pairs = [
         Confused(
-            int(i), int(j), int(counts[i, j]), int(totals[i]), float(shares[i, j]), float(np.nan_to_num(before[i, j]))
+            int(i),
+            int(j),
+            int(counts[i, j]),
+            int(totals[i]),
+            float(shares[i, j]),
+            float(np.nan_to_num(shares_before[i, j])),
         )
         for i, j in np.argwhere(counts > 0)
         if i != j
@@ -157,10 +227,14 @@ def classes_in_confusions(confusion: Sequence[Sequence[int]], limit: int) -> np.
     return np.sort(np.argsort(-weight, kind="stable")[:limit])
 
 
+def commonest_first(counts: Sequence[int]) -> list[int]:
+    """Classes by their images [C]; ties in class order."""
+    return sorted(range(len(counts)), key=lambda index: (-counts[index], index))
+
+
 def rarest_last(inputs: ReportInputs) -> list[int]:
-    """Classes by training images, commonest first; ties in class order."""
-    counts = inputs.class_counts["train"]
-    return sorted(range(len(inputs.classes)), key=lambda index: (-counts[index], index))
+    """Classes by training images, commonest first."""
+    return commonest_first(inputs.class_counts["train"])
 
 
 def imbalance(counts: Sequence[int]) -> float:

@@ -30,6 +30,7 @@ START_FILE = f"{NAME}/start.safetensors"
 CHOICE_FILE = f"{NAME}/choice.json"
 VAL = Extraction(NAME, ("val",), f"features/{NAME}")
 TEST = Extraction(NAME, ("test",), f"features/{NAME}_test")
+TRAIN = Extraction(NAME, ("train",), f"features/{NAME}_train")
 
 SHARE_OF_STAGE_ONES_LR = 0.1
 

@@ -12,7 +12,8 @@ For a sample of class y the logits z become z' = z + offset - margin_y e_y; the 
 - label-aware smoothing (MiSLAS; Zhong et al. 2021, arXiv:2104.00466, in its concave form): the target of class c is
   1 - eps_c, and eps_c / (C - 1) for each other class; eps_c = tail + (head - tail) sin(pi / 2 * r), where r goes from 0
   for the rarest to 1 for the commonest class in proportion to n_c.
-- label over-smoothing (LOS; Sun et al. 2025): ordinary label smoothing with a delta near 1: 1 - delta + delta / C, and
+- label over-smoothing (LOS; Sun et al., Rethinking Classifier Re-Training in Long-Tailed Recognition: Label Over-Smooth
+  Can Balance, ICLR 2025): ordinary label smoothing with a delta near 1: 1 - delta + delta / C, and
   delta / C for each other class.
 
 Shapes: H heads, C classes, B samples.

@@ -4,8 +4,11 @@ SGD as in torch.optim (momentum .9, L2 penalty), learning rate cosine to zero, g
 same minibatch are one matrix product of [H*C, D] with [D, B] forward and one of [H*C, B] with [B, D] backward. Three
 kinds of heads differ in what they learn:
 
-- *linear*: weight and bias on standardised features of mean squared length 1, from zero (the problem is convex);
-- *cosine*: unit weights w on features at unit length, logits s * w.x, from the class means;
+- *linear*: weight and bias on standardised features of mean squared length 1, from zero (the problem is convex). The
+  gradient of every objective sums to zero over the classes, and so do weights that begin at zero: the last class's are
+  minus the sum of the others' and are not trained, which saves 1 / C of all arithmetic and changes no head;
+- *cosine*: unit weights w on features at unit length, logits s * w.x, from the class means (Gidaris and Komodakis
+  2018, arXiv:1804.09458, section 3.2);
 - *scaled* (LWS; Kang et al. 2020, arXiv:1910.09217, section 4): a factor for each class of stage one's logits, from 1.
 
 The learning rate is in units of each kind's curvature, 1, s^2 and the mean square of stage one's logits, so that one
@@ -54,9 +57,9 @@ def kind_of(family: str) -> str:
 
 
 def bytes_per_head(kind: str, data: TrainingSet, batch_size: int) -> int:
-    """Weights, velocities and three arrays of logits."""
+    """Weights, velocities and four arrays of logits."""
     learnt = 1 if kind == "scaled" else data.dim
-    return data.num_classes * (2 * learnt + 3 * batch_size) * data.dtype.itemsize
+    return data.num_classes * (2 * learnt + 4 * batch_size) * data.dtype.itemsize
 
 
 class ManyHeadSgd:
@@ -88,15 +91,15 @@ class ManyHeadSgd:
 
 
 class LinearHeads:
-    """Weight and bias on standardised features."""
+    """Weight and bias on standardised features, of all classes but the last, whose logit is minus the others' sum."""
 
     def __init__(self, specs: Sequence[HeadSpec], data: TrainingSet, own: Head):
-        self._data, self._classes = data, data.num_classes
-        self._weight = torch.zeros(len(specs) * self._classes, data.dim, dtype=data.dtype, device=data.device)
-        self._bias = self._weight.new_zeros(len(specs) * self._classes, 1)
+        self._data, self._learnt = data, data.num_classes - 1
+        self._weight = torch.zeros(len(specs) * self._learnt, data.dim, dtype=data.dtype, device=data.device)
+        self._bias = self._weight.new_zeros(len(specs) * self._learnt, 1)
         self._weight_velocity, self._bias_velocity = torch.zeros_like(self._weight), torch.zeros_like(self._bias)
         decay = self._weight.new_tensor([spec.weight_decay for spec in specs])
-        self._decay = decay.repeat_interleave(self._classes)[:, None]
+        self._decay = decay.repeat_interleave(self._learnt)[:, None]
 
     def inputs(self, rows: np.ndarray) -> Tensor:
         """Standardised features [B, D]."""
@@ -104,14 +107,15 @@ class LinearHeads:
 
     def logits(self, inputs: Tensor, active: int) -> Tensor:
         """[A, C, B]."""
-        rows = active * self._classes
-        return torch.addmm(self._bias[:rows], self._weight[:rows], inputs.T).view(active, self._classes, -1)
+        rows = active * self._learnt
+        learnt = torch.addmm(self._bias[:rows], self._weight[:rows], inputs.T).view(active, self._learnt, -1)
+        return _with_last_class(learnt)
 
     def update(self, grad: Tensor, inputs: Tensor, lr: Tensor) -> None:
         """See `Heads`."""
-        rows = len(grad) * self._classes
-        grad = grad.view(rows, -1)
-        rate = lr.repeat_interleave(self._classes)[:, None]
+        rows = len(grad) * self._learnt
+        grad = grad[:, :-1].reshape(rows, -1)
+        rate = lr.repeat_interleave(self._learnt)[:, None]
         weight, bias = self._weight[:rows], self._bias[:rows]
         weight_velocity, bias_velocity = self._weight_velocity[:rows], self._bias_velocity[:rows]
         weight_velocity.addmm_(grad, inputs, beta=MOMENTUM)  # momentum costs no pass over memory of its own
@@ -122,8 +126,17 @@ class LinearHeads:
 
     def finished(self) -> list[Head]:
         """The heads, with the standardisation folded in."""
-        pairs = zip(self._weight.split(self._classes), self._bias.squeeze(1).split(self._classes), strict=True)
-        return [self._data.fold(weight, bias) for weight, bias in pairs]
+        del self._weight_velocity, self._bias_velocity  # of many classes there is no room for copies of everything
+        weights, biases = self._weight.view(-1, self._learnt, self._data.dim), self._bias.view(-1, self._learnt, 1)
+        return [
+            self._data.fold(_with_last_class(weight[None])[0], _with_last_class(bias[None])[0, :, 0])
+            for weight, bias in zip(weights, biases, strict=True)
+        ]
+
+
+def _with_last_class(learnt: Tensor) -> Tensor:
+    """[H, C - 1, .] -> [H, C, .], of sum zero over the classes."""
+    return torch.cat([learnt, -learnt.sum(dim=1, keepdim=True)], dim=1)
 
 
 class CosineHeads:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -25,9 +25,6 @@ MetricLossName = Literal[
 ClassificationLossName = Literal[
     "cross_entropy", "balanced_softmax", "logit_adjusted", "focal", "ldam", "cosface", "arcface"
 ]
-
-METRIC_LOSS_NAMES: tuple[str, ...] = tuple(name for name in get_args(MetricLossName) if name != "none")
-CLASSIFICATION_LOSS_NAMES: tuple[str, ...] = get_args(ClassificationLossName)
 
 UNIT_LENGTH_REASONS = {
     "supervised_contrastive": "its temperature is made for the unit sphere",
@@ -98,7 +95,7 @@ class LossConfig(Section):
 class ClassificationConfig(Section):
     """The loss of stage one's own classifier."""
 
-    name: ClassificationLossName = "cross_entropy"
+    name: ClassificationLossName = Field("cross_entropy", description="Loss of the logits")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target spread over all classes")
     tau: float = Field(1.0, ge=0, description="Logit-adjusted: strength of the prior; 1 = balanced softmax")
     gamma: float = Field(2.0, ge=0, description="Focal: exponent; 0 = cross-entropy")

@@ -39,6 +39,10 @@ class ClassCounts:
         """[..., C]; NaN for a class without samples."""
         return _ratio(self.correct, self.labelled, np.nan)
 
+    def precision(self) -> Array:
+        """[..., C]; 0 for a class that was never predicted (scikit-learn's zero_division = 0)."""
+        return _ratio(self.correct, self.predicted, 0.0)
+
 
 CountMetric = Callable[[ClassCounts], Array]
 
@@ -131,9 +135,8 @@ def per_class_recall(labels: Array, predictions: Array, num_classes: int) -> Arr
 
 
 def per_class_precision(labels: Array, predictions: Array, num_classes: int) -> Array:
-    """[C]; 0 for a class that was never predicted (scikit-learn's zero_division = 0)."""
-    counts = class_counts(labels, predictions, num_classes)
-    return _ratio(counts.correct, counts.predicted, 0.0)
+    """[C]; see `ClassCounts.precision`."""
+    return class_counts(labels, predictions, num_classes).precision()
 
 
 def confusion(labels: Array, predictions: Array, num_classes: int) -> Array:
@@ -150,7 +153,8 @@ def class_tiers(train_counts: Array, many_above: int | None = None, few_below: i
         train_counts: [C], training images of each class.
         many_above: A class with more images is "many".
         few_below: A class with fewer images is "few". Without both bounds: thirds of the classes sorted by count (equal
-            counts by class number); what does not divide goes to "many", then to "medium".
+            counts by class number); what does not divide goes to "many", then to "medium". Of fewer than three classes
+            the rarest is "few".
 
     Returns:
         [C] of "many", "medium" and "few".
@@ -163,6 +167,8 @@ def class_tiers(train_counts: Array, many_above: int | None = None, few_below: i
         by_count = np.argsort(-np.asarray(train_counts), kind="stable")
         for tier, classes in zip(TIERS, np.array_split(by_count, len(TIERS)), strict=True):
             tiers[classes] = tier
+        if 0 < len(by_count) < len(TIERS):
+            tiers[by_count[-1]] = "few"
         return tiers
     if many_above is None or few_below is None or few_below > many_above + 1:
         raise UserError(

@@ -6,7 +6,6 @@ Shapes: B images, px side of an image, F features of the backbone, D embedding d
 from __future__ import annotations
 
 import difflib
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from cluster.errors import UserError
 from trainer.classifiers import CosineLinear, UnitLinear, at_least_float32
 from trainer.config import ModelConfig
 from trainer.heads import Head
+from trainer.weights import load_backbone, one_line
 
 
 class Output(NamedTuple):
@@ -112,56 +112,22 @@ def build_model(config: ModelConfig, num_classes: int, image_px: int, normalise:
     """
     backbone = _create_backbone(config, image_px)
     feature_dim = _probe(backbone, config.backbone, image_px)
-    if config.weights not in (None, "timm"):
-        load_backbone(backbone, config.backbone, str(config.weights))
+    if config.weights is not None:
+        load_backbone(backbone, config.backbone, config.weights)
     if config.checkpoint_activations:
         _checkpoint_activations(backbone, config.backbone)
     return Classifier(backbone, feature_dim, num_classes, config, normalise).train()
-
-
-def load_backbone(backbone: nn.Module, name: str, weights: str) -> None:
-    """Fill a headless timm backbone from a .safetensors file (path or URI).
-
-    Tensors of the file's own classifier are passed over. A model file that `trainer.export` wrote is taken too.
-
-    Raises:
-        UserError: The file is missing or unreadable; a tensor of the backbone is missing or has another shape, or the
-            file holds tensors that the backbone has no place for.
-    """
-    tensors = _read_weights(weights)
-    if any(key.startswith("backbone.") for key in tensors):
-        tensors = {
-            key.removeprefix("backbone."): value for key, value in tensors.items() if key.startswith("backbone.")
-        }
-    wanted = backbone.state_dict()
-    for key, own in wanted.items():
-        if key not in tensors:
-            if key.endswith("num_batches_tracked"):  # a counter that old files lack and that nothing here reads
-                tensors[key] = own
-                continue
-            raise UserError(
-                f"weights {weights} lack tensor {key} of backbone {name}; give the file of this backbone, or set "
-                f"model.backbone to the network that the file was made for"
-            )
-        if tensors[key].shape != own.shape:
-            raise UserError(
-                f"weights {weights}: tensor {key} has shape {list(tensors[key].shape)}, backbone {name} needs "
-                f"{list(own.shape)}; set model.backbone to the network that the file was made for"
-            )
-    heads = _classifier_prefixes(name)
-    strays = [key for key in tensors if key not in wanted and not key.startswith(heads)]
-    if strays:  # a deeper sister network holds every tensor of this one: that is a mix-up, not a match
-        raise UserError(
-            f"weights {weights} hold tensor {strays[0]} that backbone {name} has no place for; set model.backbone to "
-            f"the network that the file was made for"
-        )
-    backbone.load_state_dict({key: tensors[key] for key in wanted})
 
 
 def _create_backbone(config: ModelConfig, image_px: int) -> nn.Module:
     import timm
 
     name = config.backbone
+    if ":" in name or "/" in name:
+        raise UserError(
+            f"model.backbone = {name!r} is a place and no timm network; name the network here and the place in "
+            f"model.weights"
+        )
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0)
         raise UserError(
@@ -170,19 +136,9 @@ def _create_backbone(config: ModelConfig, image_px: int) -> nn.Module:
     known = timm.get_pretrained_cfg(name)
     # Transformers are built for one image size; timm fits their position tables to another when told at birth.
     size: dict[str, Any] = {"img_size": image_px} if known is not None and known.fixed_input_size else {}
-    pretrained = config.weights == "timm"
-    if pretrained and (known is None or not known.has_weights):
-        raise UserError(
-            f"model.weights = 'timm': timm has no weights for {name!r}; give the path of a .safetensors file, or null"
-        )
     try:
-        return timm.create_model(name, num_classes=0, pretrained=pretrained, **size)
+        return timm.create_model(name, num_classes=0, pretrained=False, **size)
     except Exception as error:
-        if pretrained:
-            raise UserError(
-                f"model.weights = 'timm': the weights of {name!r} could not be downloaded ({_one_line(error)}); "
-                f"on a machine without network give the path of a .safetensors file instead"
-            ) from error
         raise UserError(_no_such_size(name, image_px, error)) from error
 
 
@@ -211,43 +167,5 @@ def _checkpoint_activations(backbone: nn.Module, name: str) -> None:
         ) from None
 
 
-def _read_weights(weights: str) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load, load_file
-
-    if not weights.endswith(".safetensors"):
-        raise UserError(
-            f"model.weights = {weights!r} must be a .safetensors file, 'timm' or null, since pickles are never loaded; "
-            f"convert it with safetensors.torch.save_file"
-        )
-    try:
-        if "://" in weights:
-            from cluster.storage import open_storage
-
-            folder, _, file = weights.rpartition("/")
-            return load(open_storage(folder).read(file))
-        if not Path(weights).is_file():
-            raise UserError(f"model.weights = {weights!r} does not exist; give the path of a .safetensors file")
-        return load_file(weights)
-    except SafetensorError as error:
-        raise UserError(
-            f"model.weights = {weights!r} is damaged or no safetensors file ({error}); copy it again"
-        ) from None
-
-
-def _classifier_prefixes(name: str) -> tuple[str, ...]:
-    """How the names of the classifier's tensors begin in a full network of this kind."""
-    import timm
-
-    known = timm.get_pretrained_cfg(name)
-    names: Any = known.classifier if known is not None else None  # timm: a string, a tuple of them, or nothing
-    names = (names,) if isinstance(names, str) else names or ("classifier", "fc", "head")
-    return tuple(f"{name}." for name in names)
-
-
 def _no_such_size(name: str, image_px: int, error: Exception) -> str:
-    return f"model.backbone = {name!r} cannot take data.image_px = {image_px} ({_one_line(error)}); change one of them"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return f"model.backbone = {name!r} cannot take data.image_px = {image_px} ({one_line(error)}); change one of them"

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cluster.errors import UserError
-from cluster.launch import Worker
+from cluster.worker import Worker
 from data_pipeline.loader import Batch
 from trainer.config import StageOneConfig
 from trainer.engine import Engine

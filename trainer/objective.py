@@ -6,6 +6,7 @@ Shapes: B images of this rank in a step, V views of each, D embedding, F feature
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from trainer.config import StageOneConfig
 from trainer.losses import LossSum, metric_rows
 from trainer.model import Output
-from trainer.pool import Pool, gather_order, gather_pool
+from trainer.pool import Pool, gather_order, gather_pool, global_mean
 
 if TYPE_CHECKING:
     from data_pipeline.loader import Batch
@@ -38,6 +39,7 @@ class Evaluation:
         pool: What the anchors were compared with: `gathered` and the memory's rows behind it.
         masked: [M] labels of this rank's anchors that have no term.
         own_sums: [T] this rank's sums.
+        signals: Sums over all ranks of what each has to say to the others, the same on every rank.
     """
 
     loss: Tensor
@@ -48,6 +50,7 @@ class Evaluation:
     pool: Pool | None
     masked: Tensor
     own_sums: Tensor
+    signals: tuple[float, ...] = ()
 
     @property
     def is_finite(self) -> bool:
@@ -69,7 +72,14 @@ class Objective:
         self._metric_loss = metric_loss if config.loss.weight > 0 else None
         self._memory = memory
 
-    def __call__(self, output: Output, labels: Tensor, epochs_done: float, mix: Mix | None = None) -> Evaluation:
+    def __call__(
+        self,
+        output: Output,
+        labels: Tensor,
+        epochs_done: float,
+        mix: Mix | None = None,
+        signals: Sequence[float] = (),
+    ) -> Evaluation:
         """The objective of one batch. Every rank takes part, also in the backward of `loss`.
 
         Args:
@@ -77,6 +87,7 @@ class Objective:
             labels: [B], of the same.
             epochs_done: When this step is, in (0, epochs].
             mix: The partners' labels and each image's own share, where images are mixed.
+            signals: Of this rank, to be added up over all ranks in the message that the sums need anyway.
         """
         share = epochs_done / self._config.epochs
         labels = labels.repeat(self._config.views)
@@ -90,12 +101,10 @@ class Objective:
                 pool = self._memory.extend(gathered)
             terms["metric_loss"] = self._metric_loss(rows, labels, pool, share)
             weights.append(self._config.loss.weight_at(epochs_done))
-        own, sums = _add_up(list(terms.values()))
-        # See `trainer.pool.global_mean`: W * S_r / n on each rank, n being the number of terms of all ranks.
-        world = dist.get_world_size() if dist.is_initialized() else 1
+        own, sums, signalled = _add_up(list(terms.values()), signals)
         parts = [
-            weight * (term.total * (world / max(count, 1)))
-            for weight, term, count in zip(weights, terms.values(), sums[:, 1].tolist(), strict=True)
+            weight * global_mean(term, num_terms)
+            for weight, term, num_terms in zip(weights, terms.values(), sums[:, 1].long().tolist(), strict=True)
         ]
         means = (sums[:, 0].float() / sums[:, 1].clamp(min=1).float()).tolist()
         return Evaluation(
@@ -107,6 +116,7 @@ class Objective:
             pool=pool,
             masked=torch.cat([term.masked for term in terms.values()]),
             own_sums=own,
+            signals=signalled,
         )
 
     def parameters(self) -> list[nn.Parameter]:
@@ -140,15 +150,16 @@ class Objective:
         return LossSum(own.total + partner.total, own.count, own.masked)
 
 
-def _add_up(terms: list[LossSum]) -> tuple[Tensor, Tensor]:
-    """This rank's sums [T], and sums and counts over all ranks [T, 2] in float64. Every rank takes part.
+def _add_up(terms: list[LossSum], signals: Sequence[float]) -> tuple[Tensor, Tensor, tuple[float, ...]]:
+    """This rank's sums [T]; sums and counts over all ranks [T, 2] in float64; signals over all ranks.
 
-    One message serves the means, the log, and the agreement of all ranks on whether the loss is finite: what is not
-    finite on one rank is not finite in the sum.
+    One message serves the means, the log, the signals, and the agreement of all ranks on whether the loss is finite:
+    what is not finite on one rank is not finite in the sum. Every rank takes part.
     """
     own = torch.stack([term.total.detach().float() for term in terms])
-    counts = torch.tensor([term.count for term in terms], dtype=torch.float64, device=own.device)
-    sums = torch.stack([own.double(), counts], dim=1)
+    further = [*(term.count for term in terms), *signals]
+    message = torch.cat([own.double(), torch.tensor(further, dtype=torch.float64, device=own.device)])
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(sums)
-    return own, sums
+        dist.all_reduce(message)
+    sums, signalled = message[: 2 * len(terms)], message[2 * len(terms) :]
+    return own, sums.view(2, len(terms)).T, tuple(signalled.tolist())

@@ -6,32 +6,37 @@ Everything that comes from a user goes through `text`; functions that take marku
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
+from pathlib import Path
 from typing import Any, TypeAlias
 
 DASH, MINUS = "\u2013", "\u2212"
 
-# Okabe-Ito colours, which colour-blind readers tell apart; in the dark the same hues, lighter.
+# Okabe-Ito colours, which colour-blind readers tell apart; in the dark the same hues, lighter. `fall` is vermillion for
+# text, dark enough to be read on paper.
 STYLE = """
 :root{color-scheme:light dark;--paper:#fff;--ink:#1b1f24;--muted:#5d6670;--line:#e1e5e9;--soft:#f4f6f8;
 --blue:#0072b2;--sky:#56b4e9;--green:#009e73;--orange:#e69f00;--vermillion:#d55e00;--purple:#cc79a7;--grey:#87909a;
+--fall:#b85000;
 --sans:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;
 --serif:Charter,"Bitstream Charter","Iowan Old Style",Georgia,"Times New Roman",serif;
 --mono:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 @media screen and (prefers-color-scheme:dark){:root{--paper:#14171b;--ink:#e4e7ea;--muted:#9ea7b1;--line:#2e343b;
---soft:#1c2025;--blue:#4aa8e0;--sky:#86cbf5;--green:#2dbd94;--orange:#ecb23a;--vermillion:#f0854a;--purple:#de98bf}}
+--soft:#1c2025;--blue:#4aa8e0;--sky:#86cbf5;--green:#2dbd94;--orange:#ecb23a;--vermillion:#f0854a;--purple:#de98bf;--fall:#f0854a}}
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%;scroll-behavior:smooth}
 body{margin:0 auto;max-width:62rem;padding:2.5rem 1.25rem 5rem;background:var(--paper);color:var(--ink);
-font:1rem/1.6 var(--sans);print-color-adjust:exact;-webkit-print-color-adjust:exact}
+overflow-wrap:anywhere;font:1rem/1.6 var(--sans);print-color-adjust:exact;-webkit-print-color-adjust:exact}
 p{margin:.6rem 0;max-width:44rem}a{color:var(--blue)}
 h1,h2{font-family:var(--serif);line-height:1.2;text-wrap:balance}
 h1{font-size:clamp(1.7rem,5vw,2.5rem);font-weight:600;margin:.3rem 0 1rem;max-width:24em}
 h2{font-size:1.5rem;font-weight:600;margin:0 0 .4rem}
 h3{font-size:1rem;margin:2rem 0 .4rem}
-.eyebrow{color:var(--muted);font-size:.85rem;margin:0;overflow-wrap:anywhere}
+.eyebrow{color:var(--muted);font-size:.85rem;margin:0}
 .lead{font-size:1.08rem}.note,figcaption{color:var(--muted);font-size:.88rem;line-height:1.5}
 section{margin-top:3rem;padding-top:2rem;border-top:1px solid var(--line)}
 nav{margin-top:1.6rem;font-size:.88rem;color:var(--muted);display:flex;flex-wrap:wrap;gap:.15rem 1.1rem}
@@ -52,11 +57,10 @@ table{border-collapse:collapse;width:100%;font-size:.92rem;line-height:1.4}
 th,td{padding:.5rem .7rem;text-align:right;border-bottom:1px solid var(--line);vertical-align:middle;
 font-variant-numeric:tabular-nums}td:not(.l){white-space:nowrap}
 th:first-child,td:first-child{padding-left:.3rem}
-thead th{color:var(--muted);font-weight:500;font-size:.82rem;
+thead th{color:var(--muted);font-weight:500;font-size:.82rem;overflow-wrap:normal;
 border-bottom:1.5px solid var(--muted);vertical-align:bottom}
-tbody th{font-weight:500}th.l,td.l{text-align:left}
-tbody th[scope=row]{text-align:left;position:sticky;left:0;background:var(--paper);z-index:1;min-width:8rem;
-overflow-wrap:break-word}
+tbody th{font-weight:500}th.l,td.l{text-align:left;min-width:5rem}
+tbody th[scope=row]{text-align:left;position:sticky;left:0;background:var(--paper);z-index:1;min-width:8rem}
 tr.chosen>*{background:var(--soft)}tr.chosen th[scope=row]{background:var(--soft);font-weight:650}
 small{display:block;color:var(--muted);font-weight:400;font-size:.82rem}
 td strong{font-weight:700}
@@ -70,26 +74,33 @@ background:linear-gradient(90deg,var(--line) 1px,transparent 1px) 0 0/25% 100%;b
 .track u.ci{background:var(--grey);opacity:.7}.track i.other{background:var(--grey)}
 .ends{display:flex;justify-content:space-between;margin:0 .4rem}.space{display:inline-block;min-width:7rem}
 .bar{display:block;height:.6rem;background:var(--sky);border-radius:1px;min-width:1px}
-.up{color:var(--blue)}.down{color:var(--vermillion)}.none{color:var(--muted)}
+.up{color:var(--blue)}.down{color:var(--fall)}.none{color:var(--muted)}
 .key{display:inline-block;width:.7rem;height:.7rem;border-radius:50%;background:var(--blue);vertical-align:-.06rem}
 .key.before{background:none;border:2px solid var(--grey)}.key.down{background:var(--vermillion)}
 .legend{display:flex;flex-wrap:wrap;gap:.2rem 1.2rem}
-.thumbs{display:flex;gap:.35rem;justify-content:flex-end}
-.thumbs img{width:3.6rem;height:3.6rem;object-fit:cover;border-radius:4px;background:var(--soft)}
+.thumbs{display:grid;grid-template-columns:repeat(4,minmax(0,1fr));gap:.35rem;max-width:26rem}
+.thumbs img,.shots img{display:block;width:100%;aspect-ratio:1;object-fit:cover;border-radius:4px;
+background:var(--soft)}
+.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,18rem),1fr));gap:.8rem 1.4rem;margin:1.4rem 0}
+.shots{display:grid;grid-template-columns:repeat(auto-fill,minmax(8.5rem,1fr));gap:1.4rem 1rem;margin:1.4rem 0}
+.shots code{display:block;font-size:.78em}
+.map use{stroke-width:0;opacity:.85}.map .w{fill:var(--paper);stroke-width:1.7;opacity:1}.map use:hover{opacity:.5}
 pre{background:var(--soft);border-radius:6px;padding:1rem;overflow-x:auto;font:.8rem/1.5 var(--mono);tab-size:2}
-code{font-family:var(--mono);font-size:.86em;overflow-wrap:anywhere}
+code{font-family:var(--mono);font-size:.86em}
 details{margin:1.2rem 0}summary{cursor:pointer;font-weight:600}
 dl{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:.3rem 1.2rem;font-size:.92rem}
-dt{color:var(--muted)}dd{margin:0;overflow-wrap:anywhere}li{margin:.45rem 0;max-width:44rem}ul{padding-left:1.2rem}
+dt{color:var(--muted)}dd{margin:0}li{margin:.45rem 0;max-width:44rem}ul{padding-left:1.2rem}
 footer{margin-top:3rem;color:var(--muted);font-size:.85rem}
 @media (max-width:40rem){body{padding-top:1.4rem}section{margin-top:2.2rem;padding-top:1.4rem}
 th,td{padding:.45rem .35rem}.track{min-width:6rem}dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:.5rem}
-.thumbs img{width:2.5rem;height:2.5rem}.thumbs{gap:.2rem}
-.spare{display:none}tbody th[scope=row]{min-width:7rem}}
+td small{white-space:normal}.spare{display:none}tbody th[scope=row]{min-width:7rem}}
 @media print{body{max-width:none;padding:0;font-size:10pt}nav{display:none}.scroll{overflow:visible}
-section{margin-top:1.4rem;padding-top:1rem}figure,tr,.tile,.warning{break-inside:avoid}h2,h3{break-after:avoid}
+section{margin-top:1.4rem;padding-top:1rem}table{font-size:8.5pt}th,td{padding:.25rem .4rem}.track{min-width:5rem}
+figure,tr,.tile,.warning,.pair{break-inside:avoid}h2,h3{break-after:avoid}
 thead{display:table-header-group}tbody th[scope=row]{position:static}
-details::details-content{content-visibility:visible}
+details::details-content{content-visibility:visible}.shots{grid-template-columns:repeat(5,1fr)}
+.wide{grid-template-columns:1fr 1fr}.tiles{grid-template-columns:repeat(4,1fr)}small{font-size:7.5pt}
+.legend{break-after:avoid}
 pre{white-space:pre-wrap}}
 """
 
@@ -105,9 +116,23 @@ def document(title: str, body: str) -> str:
     )
 
 
+def write_page(page: str, path: str | Path) -> None:
+    """Write a document whole or not at all; its folder is made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(page, encoding="utf-8")
+    os.replace(partial, path)
+
+
 def text(value: Any) -> str:
     """Anything as text that is safe between tags and in quoted attributes."""
     return escape(str(value), quote=True)
+
+
+def breakable(value: Any) -> str:
+    """A name as markup that may be broken after `_`, `-` and `/`, as file names and classes of folders want it."""
+    return re.sub(r"([_/-])(?=\w)", r"\1<wbr>", text(value))
 
 
 @dataclass(frozen=True)
@@ -185,6 +210,14 @@ def percent(share: float | None, digits: int = 1) -> str:
 def span(interval: tuple[float, float]) -> str:
     """`69.8-76.5`, with a dash as long as it should be."""
     return f"{percent(interval[0])}{DASH}{percent(interval[1])}"
+
+
+def known_span(interval: Sequence[float | None] | None, digits: int = 1) -> str:
+    """A span, or a dash where there is no interval."""
+    if interval is None or None in interval:
+        return DASH
+    low, high = interval
+    return f"{percent(low, digits)}{DASH}{percent(high, digits)}"
 
 
 def change(before: float | None, after: float | None) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 MAX_DIM = 256  # a block of anchors and one of the pool, both of wider rows, do not fit on the chip together
 
-# By rounding alone the two differ, and so would two runs that chose differently: PyTorch has to be clearly faster.
+# Two timings of the same code differ by as much: Triton's path has to be faster by more.
 MIN_GAIN = 1.05
 
 Path = Callable[[Tensor, Tensor], object]
@@ -25,8 +25,8 @@ def use_triton(name: str, anchors: Tensor, pool: Tensor, torch_path: Path, trito
     """Whether a function takes Triton's path for this kind of input.
 
     False on the CPU, for other types than float32 and bfloat16, for D over `MAX_DIM` and without Triton. Else both
-    paths run forward and backward once on the input itself, and what was faster is kept for inputs of the same types
-    and of about the same size. A path of Triton's that fails is warned of, and PyTorch's taken.
+    paths are timed, forward and backward, on the input itself, and the choice is kept for inputs of the same types and
+    of about the same size. A path of Triton's that fails is warned of, and PyTorch's taken.
 
     Args:
         name: Of the function.
@@ -67,13 +67,13 @@ def tf32_allowed() -> bool:
 
 
 def is_faster(candidate: Callable[[], object], other: Callable[[], object]) -> bool:
-    """Whether a candidate runs and is not clearly slower than the other, by the best of three runs each."""
+    """Whether a candidate runs and is clearly faster than the other, by the best of three runs each."""
     try:
         seconds = _seconds(candidate)
     except Exception as error:  # whatever a compiler may raise
         warnings.warn(f"the Triton kernels do not run here, PyTorch's path is taken: {error}", stacklevel=2)
         return False
-    return seconds <= MIN_GAIN * _seconds(other)
+    return MIN_GAIN * seconds <= _seconds(other)
 
 
 def _seconds(function: Callable[[], object]) -> float:

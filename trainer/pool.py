@@ -68,10 +68,10 @@ def gather_sizes(size: int, device: torch.device, group: dist.ProcessGroup | Non
     return [numbers[0] for numbers in _gather_numbers((size,), device, group)]
 
 
-def global_mean(loss: LossSum, group: dist.ProcessGroup | None = None) -> Tensor:
-    """The scalar which this rank gives to backward: its average over ranks is the mean over all ranks' valid anchors.
+def global_mean(loss: LossSum, num_terms: int, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The scalar which this rank gives to backward: its average over ranks is the mean over all ranks' terms.
 
-    Derivation. Let S_r be rank r's sum, n the number of valid anchors of all ranks, L_r what rank r gives to backward
+    Derivation. Let S_r be rank r's sum, n the number of terms of all ranks, L_r what rank r gives to backward
     and e_r its embeddings, functions of the parameters t. `gather_pool` hands to e_r the sum of all ranks' gradients,
     so rank r's parameter gradient is
 
@@ -80,17 +80,17 @@ def global_mean(loss: LossSum, group: dist.ProcessGroup | None = None) -> Tensor
     Terms that do not pass the pool (cross-entropy) have d L_s / d e_r = 0 for s != r; the same holds. The engine, like
     DistributedDataParallel, averages: (1/W) sum_r g_r. With L_r = W * S_r / n this is d (sum_r S_r / n) / d t, the
     gradient that one rank with the global batch has. Without the factor W it would be W times too small; with each
-    rank's own mean (S_r / n_r) anchors of ranks with few valid ones would weigh more.
+    rank's own mean (S_r / n_r) terms of ranks with few of them would weigh more.
 
     Args:
         loss: This rank's sum.
+        num_terms: n, the sum of all ranks' `loss.count`.
         group: None = the default group.
 
     Returns:
-        W * S_r / n; zero, still with a graph, where no rank has a valid anchor.
+        W * S_r / n; zero, still with a graph, where no rank has a term.
     """
-    counts = gather_sizes(loss.count, loss.total.device, group)
-    return loss.total * (len(counts) / max(sum(counts), 1))
+    return loss.total * (_world(group) / max(num_terms, 1))
 
 
 class _GatherRows(torch.autograd.Function):

@@ -5,6 +5,8 @@ Shapes: N rows of a batch over all ranks and views, M rows of the cross-batch me
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -36,6 +38,23 @@ def check_pool_fits(rows: int, dim: int, dtype: torch.dtype, device: torch.devic
             f"a pool of {rows:,} rows x {dim} needs {needed / 2**30:,.1f} GiB of {torch.device(device)} memory and "
             f"{available / 2**30:,.1f} GiB are free; lower stage_one.memory.rows or stage_one.batch_size"
         )
+
+
+@contextmanager
+def out_of_memory_told() -> Iterator[None]:
+    """A step that a GPU's memory does not hold is the configuration's mistake: a restart would not mend it.
+
+    Raises:
+        UserError: PyTorch ran out of the GPU's memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"a step does not fit into the GPU's memory ({str(error).partition('. GPU')[0]}); set "
+            f"stage_one.micro_batch_size (the pool stays that of the whole batch), model.checkpoint_activations: true, "
+            f"or a smaller stage_one.batch_size"
+        ) from error
 
 
 def available_bytes(device: torch.device | str, root: Path = Path("/")) -> int:

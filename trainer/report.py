@@ -5,29 +5,44 @@ No scripts, no network, pictures inside. Headline first, then evidence, then how
 
 from __future__ import annotations
 
-import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from trainer import evidence, origin
+from trainer import evidence, gallery, judgement, origin, results_section
+from trainer.evidence import CLASSIFICATION_LOSS_NAMES
 from trainer.findings import Gain, ReportInputs, ResultRow, heads_tried, imbalance, verdict
-from trainer.page import document, percent, signed_points, span, text
+from trainer.model_card import model_card
+from trainer.page import document, percent, signed_points, span, text, write_page
 
 __all__ = ["Gain", "ReportInputs", "ResultRow", "write_report"]
 
 SECTIONS = (
-    evidence.results,
+    results_section.results,
     evidence.recall,
     evidence.confusions,
+    gallery.mistakes,
+    judgement.embedding,
+    judgement.reliability,
+    judgement.operating,
     evidence.training,
     evidence.search,
     origin.data,
     origin.making,
     origin.limits,
+    model_card,
 )
-LOSS_NAMES = {
-    "supervised_contrastive": "cross-entropy with a supervised contrastive loss",
-    "batch_hard_triplet": "cross-entropy with a batch-hard triplet loss",
-    "none": "plain cross-entropy",
+METRIC_LOSS_NAMES = {
+    "supervised_contrastive": "supervised contrastive loss",
+    "balanced_contrastive": "balanced contrastive loss",
+    "batch_hard_triplet": "batch-hard triplet loss",
+    "semi_hard_triplet": "semi-hard triplet loss",
+    "all_triplet": "triplet loss over all triplets",
+    "class_centre_triplet": "class-centre triplet loss",
+    "progressive_class_centre_triplet": "progressive class-centre triplet loss",
+    "centre": "centre loss",
+    "multi_similarity": "multi-similarity loss",
+    "proxy_anchor": "proxy-anchor loss",
 }
 VERDICTS = {
     "gain": "more than chance would give",
@@ -43,11 +58,7 @@ def write_report(inputs: ReportInputs, path: str | Path) -> None:
         inputs: Plain values out of the run folder.
         path: Where the file goes; its folder is made.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(render(inputs), encoding="utf-8")
-    os.replace(partial, path)
+    write_page(render(inputs), path)
 
 
 def render(inputs: ReportInputs) -> str:
@@ -57,11 +68,11 @@ def render(inputs: ReportInputs) -> str:
     footer = (
         f"<footer>Written by rarelens {text(inputs.versions.get('rarelens', ''))} from the run's own files.</footer>"
     )
-    parts = [_header(inputs), f"<nav>{links}</nav>", *(section.markup() for section in sections), footer]
+    parts = [header(inputs), f"<nav>{links}</nav>", *(section.markup() for section in sections), footer]
     return document(f"{inputs.dataset}: {inputs.name}", "\n".join(parts))
 
 
-def _header(inputs: ReportInputs) -> str:
+def header(inputs: ReportInputs) -> str:
     """What was trained, on what, and what came out, before anything else."""
     before, after = inputs.row(inputs.own), inputs.row(inputs.winner)
     from_to = f"from {percent(before.balanced_accuracy)} % to {percent(after.balanced_accuracy)} %"
@@ -84,15 +95,39 @@ def _header(inputs: ReportInputs) -> str:
 def _what_was_trained(inputs: ReportInputs) -> str:
     model, stage = inputs.config.get("model", {}), inputs.config.get("stage_one", {})
     image_px = inputs.config.get("data", {}).get("image_px")
-    loss = stage.get("loss", {}).get("name", "none")
     train = inputs.class_counts["train"]
     head = inputs.row(inputs.winner).description.removeprefix("winner: ")
     return (
         f"<strong>{text(model.get('backbone', 'A network'))}</strong> at {text(image_px)} px, trained for "
-        f"{text(stage.get('epochs'))} epochs by {LOSS_NAMES.get(loss, text(loss))} on {sum(train):,} images of "
+        f"{text(stage.get('epochs'))} epochs by {text(loss_in_words(stage))} on {sum(train):,} images of "
         f"{len(inputs.classes)} classes (imbalance {imbalance(train):,.0f}). On top, the best on val of "
         f"{heads_tried(inputs):,} heads: <strong>{text(head)}</strong>."
     )
+
+
+def loss_in_words(stage_one: Mapping[str, Any]) -> str:
+    """What stage one minimised and how it sampled, as far as the configuration (nested) tells; "plain" is the default.
+
+    A section that is missing has its defaults, but for the metric loss, of which nothing is said then.
+    """
+    loss = stage_one.get("loss", {})
+    classification, sampling = stage_one.get("classification", {}), stage_one.get("sampling", {})
+    extras = []
+    if loss.get("name", "none") != "none" and loss.get("weight", 1.0) > 0:
+        extras.append(f"a {METRIC_LOSS_NAMES.get(loss['name'], loss['name'])}")
+    if classification.get("label_smoothing"):
+        extras.append("label smoothing")
+    if classification.get("reweight_from") is not None:
+        late = classification["reweight_from"] > 0
+        extras.append("weights by class towards the end" if late else "weights by class")
+    if sampling.get("power", 1) < 1 or sampling.get("power_last") is not None or sampling.get("class_weights"):
+        extras.append("rebalanced sampling")
+    if sampling.get("classes_per_batch"):
+        extras.append("batches of P classes x K images")
+    name = CLASSIFICATION_LOSS_NAMES[classification.get("name", "cross_entropy")]
+    if not extras:
+        return f"plain {name}" if name == "cross-entropy" else name
+    return f"{name} with {', '.join([*extras[:-2], ' and '.join(extras[-2:])])}"
 
 
 def _what_changed(inputs: ReportInputs) -> str:

@@ -20,6 +20,9 @@ from trainer.score_metrics import area_under_roc, average_precision, calibration
 RANKING_BUDGET = 2 * 10**10
 """S * N * C beyond which areas under curves get no interval: each costs a pass over all of that."""
 
+CLASS_FIGURES = ("per_class_recall", "per_class_precision", "per_class_auc", "per_class_average_precision")
+MEANS_OF_CLASSES = {"auc": "per_class_auc", "average_precision": "per_class_average_precision"}
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -29,15 +32,15 @@ class Judged:
         name: Short name; a row of the table.
         description: For people.
         probabilities: After the temperature, [N, C].
-        uncalibrated: Before it, [N, C].
-        found: Retrieval on the features that the model works on.
+        uncalibrated: Before it, [N, C]; None = not known, as of a model of which the predictions are all there is.
+        found: Retrieval on the embeddings that stage one compared, else on features; None = not known.
     """
 
     name: str
     description: str
     probabilities: np.ndarray
-    uncalibrated: np.ndarray
-    found: Retrieval
+    uncalibrated: np.ndarray | None = None
+    found: Retrieval | None = None
 
     @property
     def predictions(self) -> np.ndarray:
@@ -57,23 +60,23 @@ class HeldOutSet:
 
 
 def result_rows(models: Sequence[Judged], test: HeldOutSet) -> list[dict[str, Any]]:
-    """A row a model: every figure, its interval in `intervals`, and the figures of each class.
+    """A row a model: every figure with its interval in `intervals`, those of each class theirs in `class_intervals`.
 
     NaN (a class or tier without test images) becomes None.
     """
     rows = []
     for model in models:
-        values = {name: float(measure(_once(test))[0]) for name, measure in _measures(model, test).items()}
-        resampled = bootstrap(_resampled(model, test), test.groups, test.samples, test.seed)
-        intervals = {name: interval(numbers) for name, numbers in resampled.items()}
+        values = _with_means({name: measure(_once(test)) for name, measure in _measures(model, test).items()})
+        resampled = _with_means(bootstrap(_resampled(model, test), test.groups, test.samples, test.seed))
+        intervals = {name: _ends(numbers) for name, numbers in resampled.items()}
         rows.append(
             {
                 "name": model.name,
                 "description": model.description,
-                **{name: _or_none(value) for name, value in values.items()},
+                **{name: _plain(value[0]) for name, value in values.items()},
                 "interval": intervals["balanced_accuracy"],
-                "intervals": {name: [_or_none(end) for end in ends] for name, ends in intervals.items()},
-                **{name: [_or_none(value) for value in figures] for name, figures in _by_class(model, test).items()},
+                "intervals": {name: ends for name, ends in intervals.items() if name not in CLASS_FIGURES},
+                "class_intervals": {name: ends for name, ends in intervals.items() if name in CLASS_FIGURES},
             }
         )
     return rows
@@ -83,20 +86,39 @@ def difference(model: Judged, other: Judged, test: HeldOutSet) -> dict[str, Any]
     """Figures of `model` less those of `other`, with paired 95 % intervals.
 
     Returns:
-        `value` and `interval` of balanced accuracy, and both for every figure in `figures`.
+        `value` and `interval` of balanced accuracy, and both for every figure in `figures`, for those of each class in
+        `class_figures`.
     """
     ours, theirs = (_resampled(m, test) for m in (model, other))
-    paired: dict[str, Measure] = {
-        **{f"ours {name}": m for name, m in ours.items()},
-        **{f"theirs {name}": m for name, m in theirs.items()},
+    both: dict[str, Measure] = {
+        name: lambda weights, name=name: ours[name](weights) - theirs[name](weights)  # type: ignore[misc]
+        for name in ours
     }
-    resampled = bootstrap(paired, test.groups, test.samples, test.seed)
-    figures = {}
-    for name in ours:
-        value = float(ours[name](_once(test))[0] - theirs[name](_once(test))[0])
-        ends = interval(resampled[f"ours {name}"] - resampled[f"theirs {name}"])
-        figures[name] = {"value": _or_none(value), "interval": [_or_none(end) for end in ends]}
-    return {**figures["balanced_accuracy"], "figures": figures}
+    values = _with_means({name: measure(_once(test)) for name, measure in both.items()})
+    resampled = _with_means(bootstrap(both, test.groups, test.samples, test.seed))
+    figures = {name: {"value": _plain(values[name][0]), "interval": _ends(resampled[name])} for name in values}
+    return {
+        **figures["balanced_accuracy"],
+        "figures": {name: figure for name, figure in figures.items() if name not in CLASS_FIGURES},
+        "class_figures": {name: figure for name, figure in figures.items() if name in CLASS_FIGURES},
+    }
+
+
+def recall_intervals(model: Judged, test: HeldOutSet) -> list[list[float | None]]:
+    """95 % intervals of the recall of each class, [C, 2]."""
+    resampled = bootstrap({"recall": _recall_measure(model, test)}, test.groups, test.samples, test.seed)
+    return _ends(resampled["recall"])
+
+
+def recall_differences(model: Judged, other: Judged, test: HeldOutSet) -> list[list[float | None]]:
+    """Paired 95 % intervals of the recall of each class, `model` less `other`, [C, 2]."""
+    both = {"ours": _recall_measure(model, test), "theirs": _recall_measure(other, test)}
+    resampled = bootstrap(both, test.groups, test.samples, test.seed)
+    return _ends(resampled["ours"] - resampled["theirs"])
+
+
+def _recall_measure(model: Judged, test: HeldOutSet) -> Measure:
+    return decision_measure(metrics.ClassCounts.recall, test.labels, model.predictions, len(test.tiers))
 
 
 def _measures(model: Judged, test: HeldOutSet) -> dict[str, Measure]:
@@ -107,33 +129,34 @@ def _measures(model: Judged, test: HeldOutSet) -> dict[str, Measure]:
     for tier in metrics.TIERS:
         of_tier = metrics.mean_recall_of(test.tiers == tier)
         measures[tier] = decision_measure(of_tier, labels, model.predictions, classes)
-    return {
-        **measures,
+    measures |= {
         "ece": lambda weights: calibration_error(labels, model.probabilities, weights),
-        "ece_before": lambda weights: calibration_error(labels, model.uncalibrated, weights),
-        "auc": lambda weights: _macro(area_under_roc(labels, model.probabilities, weights)),
-        "average_precision": lambda weights: _macro(average_precision(labels, model.probabilities, weights)),
-        "recall_at_1": mean_measure(model.found.hit),
-        "map_at_r": mean_measure(model.found.average_precision),
+        "per_class_recall": _recall_measure(model, test),
+        "per_class_precision": decision_measure(metrics.ClassCounts.precision, labels, model.predictions, classes),
+        "per_class_auc": lambda weights: area_under_roc(labels, model.probabilities, weights),
+        "per_class_average_precision": lambda weights: average_precision(labels, model.probabilities, weights),
     }
+    if (uncalibrated := model.uncalibrated) is not None:
+        measures["ece_before"] = lambda weights: calibration_error(labels, uncalibrated, weights)
+    if model.found is not None:
+        measures["recall_at_1"] = mean_measure(model.found.hit)
+        measures["map_at_r"] = mean_measure(model.found.average_precision)
+    return measures
 
 
 def _resampled(model: Judged, test: HeldOutSet) -> dict[str, Measure]:
     """The measures that get an interval."""
     measures = _measures(model, test)
     if test.samples * model.probabilities.size > RANKING_BUDGET:
-        del measures["auc"], measures["average_precision"]
+        for of_classes in MEANS_OF_CLASSES.values():
+            del measures[of_classes]
     return measures
 
 
-def _by_class(model: Judged, test: HeldOutSet) -> Mapping[str, np.ndarray]:
-    classes = len(test.tiers)
-    return {
-        "per_class_recall": metrics.per_class_recall(test.labels, model.predictions, classes),
-        "per_class_precision": metrics.per_class_precision(test.labels, model.predictions, classes),
-        "per_class_auc": area_under_roc(test.labels, model.probabilities)[0],
-        "per_class_average_precision": average_precision(test.labels, model.probabilities)[0],
-    }
+def _with_means(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The figures [S] or [S, C], and those that are means of others over the classes."""
+    means = {name: _macro(values[of]) for name, of in MEANS_OF_CLASSES.items() if of in values}
+    return {**values, **means}
 
 
 def _once(test: HeldOutSet) -> np.ndarray:
@@ -144,6 +167,18 @@ def _macro(values: np.ndarray) -> np.ndarray:
     """Mean over the classes that have a value, [S, C] -> [S]."""
     number = (~np.isnan(values)).sum(axis=1)
     return np.divide(np.nansum(values, axis=1), number, out=np.full(len(values), np.nan), where=number > 0)
+
+
+def _ends(values: np.ndarray) -> list[Any]:
+    """The 95 % interval of values [S], or of each column of [S, C]."""
+    if values.ndim == 2:
+        return [_ends(column) for column in values.T]
+    return [_or_none(end) for end in interval(values)]
+
+
+def _plain(value: np.ndarray) -> Any:
+    """A number, or a list of them."""
+    return [_or_none(v) for v in value.tolist()] if value.ndim else _or_none(float(value))
 
 
 def _or_none(value: float) -> float | None:

@@ -6,14 +6,16 @@ Shapes: B images of this rank in a step, V views of each, D embedding, C classes
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from cluster.launch import Worker, run_workers
+from cluster.launch import run_workers
 from cluster.progress import progress_bar
 from cluster.run import RunFolder
+from cluster.worker import Worker
 from data_pipeline.config import SamplingConfig
 from data_pipeline.dataset import Dataset, open_dataset
 from data_pipeline.loader import Batch, TrainLoader
@@ -24,9 +26,11 @@ from trainer.loss_config import ClassificationConfig, LossConfig
 from trainer.metrics import METRICS
 from trainer.model import Output
 from trainer.objective import Evaluation, Objective
+from trainer.pool_size import out_of_memory_told
 from trainer.schedule import learning_rate
-from trainer.stage_checkpoint import restore_checkpoint, save_checkpoint
+from trainer.stage_checkpoint import CheckpointClock, restore_checkpoint, save_checkpoint
 from trainer.step_log import StepLog
+from trainer.tracking import tracking
 from trainer.trainee import Trainee, build_trainee
 from trainer.validation import ready_to_evaluate, validate
 
@@ -60,20 +64,24 @@ def train_stage_one(
         return done
     started = time.monotonic()
     steps = config.stage_one.epochs * max(1, len(dataset.index("train")) // config.stage_one.batch_size)
-    from torch.utils.tensorboard import SummaryWriter
+    logged = {(line["kind"], line.get("step")) for line in run.read_log() if line.get("stage") == name}
 
-    with (
-        progress_bar(name.replace("_", " "), steps) as bar,
-        SummaryWriter(str(run.path(f"tensorboard/{name}"))) as events,
-    ):
+    with progress_bar(name.replace("_", " "), steps) as bar, tracking(config, run, name) as told:
 
         def on_message(line: dict[str, Any]) -> None:
             if line["kind"] == "engine":
                 run.write_json(f"{name}/deepspeed.json", line["deepspeed"])
+                run.log({"stage": name, "kind": "start"})
                 return
+            mark = (line["kind"], line.get("step"))
+            if line.pop("again", False) and mark in logged:
+                return
+            logged.add(mark)
             run.log({"stage": name, **line})
-            for key, value in _scalars(line).items():
-                events.add_scalar(f"{line['kind']}/{key}", value, line["step"])
+            if line["kind"] not in ("step", "epoch", "skipped"):
+                return
+            for tracker in told:
+                tracker.line(line)
             if line["kind"] == "step":
                 bar.update(
                     line["step"], f"epoch {line['epoch']} loss {line['loss']:.3f} {line['images_per_s']:.0f} images/s"
@@ -85,7 +93,8 @@ def train_stage_one(
             name=name,
             run_uri=run.uri,
             cluster=config.cluster,
-            keep=(config.stage_one.keep_checkpoints + 1, config.stage_one.select_by),
+            keep=(config.stage_one.keep_checkpoints, config.stage_one.select_by),
+            most=config.data.streams,
             on_message=on_message,
         )
     run.publish("tensorboard")
@@ -146,44 +155,69 @@ def train_on_worker(
         device=device,
         epochs=stage.epochs,
         dtype=AUTOCAST_DTYPES[stage.precision] or torch.float32,
+        warn=worker.warn,
     )
     trainee = build_trainee(worker, config, dataset.class_counts("train"), loader, device, name, start)
     engine = trainee.engine
-    log = StepLog(worker, loader, stage, dataset.classes)
-    first_epoch = restore_checkpoint(worker, trainee, config)
+    log = StepLog(worker, trainee.told, loader, stage, dataset.classes)
+    begin = restore_checkpoint(worker, trainee, config)
+    clock = CheckpointClock(worker, stage, begin.step)
     if worker.rank == 0:
         worker.tell({"kind": "engine", "deepspeed": engine.settings})
 
-    for epoch in range(first_epoch, stage.epochs):
+    for epoch in range(begin.epoch, stage.epochs):
         # --- one epoch of steps, all ranks
         engine.train()
-        train_epoch(worker, trainee, config, epoch, log)
+        first_step = begin.steps_of_epoch if epoch == begin.epoch else 0
+        with out_of_memory_told():
+            train_epoch(worker, trainee, config, epoch, log, clock, first_step)
 
         # --- validation, all ranks
         reestimate = start is not None and start.reestimate_batch_norm
-        predict = ready_to_evaluate(trainee, loader.epoch(epoch) if reestimate else None)
+        batches = worker.beating(loader.epoch(epoch), "batch-norm statistics") if reestimate else None
+        predict = ready_to_evaluate(trainee, batches)
         metrics = validate(predict, dataset, config, worker, device)
         metrics = {"epoch": epoch, "step": (epoch + 1) * loader.steps_per_epoch, **metrics}
-        if worker.rank == 0:
-            worker.tell({"kind": "epoch", **metrics})
+        trainee.told.tell({"kind": "epoch", **metrics})
 
         # --- checkpoint, all ranks
         save_checkpoint(worker, trainee, config, metrics)
+        clock.saved(int(metrics["step"]))
     loader.close()
 
 
-def train_epoch(worker: Worker, trainee: Trainee, config: TrainerConfig, epoch: int, log: StepLog) -> None:
-    """The steps of an epoch. Every rank takes part."""
+def train_epoch(
+    worker: Worker,
+    trainee: Trainee,
+    config: TrainerConfig,
+    epoch: int,
+    log: StepLog,
+    clock: CheckpointClock,
+    first_step: int = 0,
+) -> None:
+    """The steps of an epoch. Every rank takes part.
+
+    Args:
+        worker: This rank.
+        trainee: What is trained.
+        config: The configuration.
+        epoch: From 0.
+        log: Takes note of each step.
+        clock: Says when a checkpoint is due before the epoch's end.
+        first_step: Steps of the epoch that are done.
+    """
     stage, loader = config.stage_one, trainee.loader
     engine, objective, guard = trainee.engine, trainee.objective, trainee.guard
     log.resume()
-    for batch in loader.epoch(epoch):
+    for batch in loader.epoch(epoch, first_step):
         step = epoch * loader.steps_per_epoch + batch.step + 1
         epochs_done = step / loader.steps_per_epoch
         lr = learning_rate(stage.optimiser, epochs_done, stage.epochs)
         _seed(worker, config.seed, step - 1)
         guard.before(engine.model)
-        output, evaluation = forward_backward(engine, objective, batch, epochs_done, stage.micro_batch_size)
+        signals = clock.signals(step)
+        output, evaluation = forward_backward(engine, objective, batch, epochs_done, stage.micro_batch_size, signals)
+        worker.beat(f"step {step}")
         if not evaluation.is_finite or not engine.step(lr):
             guard.leave_out(step, batch, output, evaluation, engine)
             continue
@@ -191,11 +225,22 @@ def train_epoch(worker: Worker, trainee: Trainee, config: TrainerConfig, epoch: 
         if trainee.average is not None:
             trainee.average.update(engine.model)
         log.step(step, epoch, lr, evaluation, engine)
+        save, leave = clock.decide(evaluation.signals, ends_epoch=batch.step + 1 == loader.steps_per_epoch)
+        if save:
+            save_checkpoint(worker, trainee, config, {"epoch": epoch, "step": step})
+            clock.saved(step)
+        if leave:
+            worker.leave()
     log.pause()
 
 
 def forward_backward(
-    engine: Engine, objective: Objective, batch: Batch, epochs_done: float, micro_batch_size: int | None = None
+    engine: Engine,
+    objective: Objective,
+    batch: Batch,
+    epochs_done: float,
+    micro_batch_size: int | None = None,
+    signals: Sequence[float] = (),
 ) -> tuple[Output, Evaluation]:
     """The gradient of one batch, unless its loss is not finite. Every rank takes part.
 
@@ -205,15 +250,16 @@ def forward_backward(
         batch: Of this rank.
         epochs_done: When this step is, in (0, epochs].
         micro_batch_size: Images in a forward pass, views counted; None = all.
+        signals: What this rank has to say to the others.
     """
     if micro_batch_size is None:
         output = engine(batch.images)
-        evaluation = objective(output, batch.labels, epochs_done, batch.mix)
+        evaluation = objective(output, batch.labels, epochs_done, batch.mix, signals)
         if evaluation.is_finite:
             engine.backward(evaluation.loss)
         return output, evaluation
     cached = cached_forward(engine, batch.images, micro_batch_size, engine.model)
-    evaluation = objective(cached.output, batch.labels, epochs_done, batch.mix)
+    evaluation = objective(cached.output, batch.labels, epochs_done, batch.mix, signals)
     if evaluation.is_finite:
         cached.backward(evaluation.loss, engine.backward, objective.parameters())
     return cached.output, evaluation
@@ -226,14 +272,3 @@ def _seed(worker: Worker, seed: int, step: int) -> None:
     torch.default_generator.manual_seed(number)
     if worker.device == "cuda":
         torch.cuda.manual_seed(number)
-
-
-def _scalars(line: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """What TensorBoard shows of a message: its figures, those of a mapping as `name/key`."""
-    scalars: dict[str, float] = {}
-    for key, value in line.items():
-        if isinstance(value, dict):
-            scalars |= _scalars(value, f"{prefix}{key}/")
-        elif isinstance(value, (int, float)) and key not in ("step", "epoch"):
-            scalars[f"{prefix}{key}"] = float(value)
-    return scalars

@@ -37,6 +37,8 @@ from trainer.stacked import StackedRows
 MEMORY_BYTES = 2 * 2**30
 _CONSTANT_STD = 1e-6  # a feature that varies less does so by float16's rounding only: it is centred, not stretched
 _CHUNK_BYTES = 64 * 2**20
+_STACK_BYTES = 256 * 2**20
+"""Weights of so many heads are put side by side for a product, of 10,000 classes of a few."""
 
 
 class TrainingSet:
@@ -52,6 +54,7 @@ class TrainingSet:
         dtype: Arithmetic of the training and type of the heads.
         memory_bytes: Budget: standardised features are held if they fit into half of it, else made batch by batch;
             the heads trained together get the other half.
+        sets: So many training sets of a process share the half for features; heads are trained on one at a time.
 
     Raises:
         UserError: A class has no training sample.
@@ -67,6 +70,7 @@ class TrainingSet:
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         memory_bytes: int = MEMORY_BYTES,
+        sets: int = 1,
     ):
         labels = np.asarray(labels, dtype=np.int64)
         view_rows = np.arange(len(x))[None] if view_rows is None else view_rows
@@ -84,7 +88,7 @@ class TrainingSet:
         self.mean, self.std = self._moments()
         self.scale = 1 / (torch.where(self.std > _CONSTANT_STD, self.std, 1.0) * self.dim**0.5)
         self._held: Tensor | None = None
-        if x.size * dtype.itemsize <= memory_bytes / 2:
+        if x.size * dtype.itemsize <= memory_bytes / 2 / sets:
             self._held = torch.cat([self._standardise(chunk) for _, chunk in _chunks(x)])
 
     def __len__(self) -> int:
@@ -233,11 +237,8 @@ def _rounds(views: np.ndarray, number: int, rng: np.random.Generator) -> np.ndar
 def predict(heads: Sequence[Head], x: np.ndarray | StackedRows, device: str = "cpu") -> np.ndarray:
     """Class numbers int64 [H, N] that each head gives to features [N, D]; heads of one kind in one product."""
     predictions = np.empty((len(heads), len(x)), dtype=np.int64)
-    for normalise in (False, True):
-        chosen = [i for i, head in enumerate(heads) if head.normalise == normalise]
-        if not chosen:
-            continue
-        num_classes, dim = heads[chosen[0]].weight.shape
+    for chosen in _side_by_side(heads):
+        normalise, (num_classes, dim) = heads[chosen[0]].normalise, heads[chosen[0]].weight.shape
         stacked = Head(
             torch.cat([heads[i].weight for i in chosen]).to(device),
             torch.cat([heads[i].bias for i in chosen]).to(device),
@@ -248,6 +249,16 @@ def predict(heads: Sequence[Head], x: np.ndarray | StackedRows, device: str = "c
             best = logits.view(len(chunk), len(chosen), num_classes).argmax(dim=2)
             predictions[chosen, start : start + len(chunk)] = best.T.cpu().numpy()
     return predictions
+
+
+def _side_by_side(heads: Sequence[Head]) -> Iterator[list[int]]:
+    """Numbers of heads of one kind whose weights may be copied into one matrix."""
+    for normalise in (False, True):
+        chosen = [i for i, head in enumerate(heads) if head.normalise == normalise]
+        if chosen:
+            weight = heads[chosen[0]].weight
+            step = max(1, _STACK_BYTES // (weight.numel() * weight.element_size()))
+            yield from (chosen[first : first + step] for first in range(0, len(chosen), step))
 
 
 def shared_by(spec: HeadSpec) -> tuple[Any, ...]:

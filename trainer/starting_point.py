@@ -28,7 +28,7 @@ class StartingPoint:
         checkpoint: Path below it of the checkpoint whose network is taken.
         heads: Path below it of the file whose head `start` takes the classifier's place.
         blocks: Last blocks of the backbone that learn.
-        reestimate_batch_norm: Statistics of batch norm are computed anew after each epoch (`trainer.batch_norm`).
+        reestimate_batch_norm: Statistics of batch norm are computed anew after each epoch (`trainer.validation`).
     """
 
     run_uri: str

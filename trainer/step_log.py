@@ -4,19 +4,48 @@ from __future__ import annotations
 
 import resource
 import time
+from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cluster.launch import Worker
+from cluster.worker import Worker
 from data_pipeline.loader import TrainLoader
 from trainer.config import StageOneConfig
 from trainer.engine import Engine
 from trainer.objective import Evaluation
 
 MIB = 2**20
+LINES_KEPT = 20
+"""Of a checkpoint. The driver asks for lines twice a second."""
+
+
+class ToldLines:
+    """What rank 0 tells the driver. Checkpoints hold the last of it: a driver that is killed may not have written it.
+
+    Args:
+        worker: This rank.
+    """
+
+    def __init__(self, worker: Worker):
+        self._worker = worker
+        self.last: deque[dict[str, Any]] = deque(maxlen=LINES_KEPT)
+
+    def tell(self, line: dict[str, Any]) -> None:
+        """Tell the driver, from rank 0."""
+        if self._worker.rank == 0:
+            self.last.append(line)
+            self._worker.tell(line)
+
+    def tell_again(self, lines: Iterable[dict[str, Any]]) -> None:
+        """Tell what a checkpoint holds; `again` lets the driver pass over what it knows."""
+        for line in lines:
+            self.last.append(line)
+            if self._worker.rank == 0:
+                self._worker.tell({**line, "again": True})
 
 
 class StepLog:
@@ -24,12 +53,21 @@ class StepLog:
 
     Args:
         worker: This rank.
+        told: Takes the lines.
         loader: Knows how long the loop has waited for it.
         config: Stage one's configuration.
         classes: Class names.
     """
 
-    def __init__(self, worker: Worker, loader: TrainLoader, config: StageOneConfig, classes: tuple[str, ...]):
+    def __init__(
+        self,
+        worker: Worker,
+        told: ToldLines,
+        loader: TrainLoader,
+        config: StageOneConfig,
+        classes: tuple[str, ...],
+    ):
+        self._told = told
         self._worker, self._loader, self._config, self._classes = worker, loader, config, classes
         self._steps, self._anchors = 0, 0
         self._masked: list[Tensor] = []
@@ -73,7 +111,7 @@ class StepLog:
             }
             if engine.loss_scale is not None:
                 line["loss_scale"] = engine.loss_scale
-            self._worker.tell(line | self._pool_figures(evaluation, masked))
+            self._told.tell(line | self._pool_figures(evaluation, masked))
         self._steps, self._anchors, self._masked = 0, 0, []
         self._since, self._waited = time.perf_counter(), self._loader.wait_s
 

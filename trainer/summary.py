@@ -8,12 +8,13 @@ from rich.table import Table
 
 from cluster.run import RunFolder
 from trainer.metrics import TIERS
+from trainer.usage import predict_command
 
 TABLE_COLUMNS = 110
 
 
 def print_summary(run: RunFolder) -> None:
-    """Print `model/metrics.json` as a table, and the paths of the report and of the model."""
+    """Print `model/metrics.json` as a table, the paths of the report and of the model, and the command that uses it."""
     metrics = run.need_json("model/metrics.json", "rarelens evaluate")
     test = metrics["test"]
     table = Table(
@@ -43,4 +44,6 @@ def print_summary(run: RunFolder) -> None:
         console.print(f"{name}: {difference['value']:+.3f} ({low:+.3f} to {high:+.3f})", highlight=False)
     if metrics["fine_tuning"]:
         console.print(metrics["fine_tuning"], highlight=False, soft_wrap=True)
-    console.print(f"report: {run.uri}/model/report.html\nmodel:  {run.uri}/model", highlight=False, soft_wrap=True)
+    model = f"{run.uri}/model"
+    ends = (f"report: {model}/report.html", f"model:  {model}", f"use it: {predict_command(model)}")
+    console.print("\n".join(ends), highlight=False, markup=False, soft_wrap=True)

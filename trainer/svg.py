@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 INK, MUTED, LINE, PAPER, GREY = "#1b1f24", "#5d6670", "#e1e5e9", "#ffffff", "#87909a"
@@ -52,6 +53,22 @@ def canvas(width_px: float, height_px: float, chart: bool = True) -> tuple[Figur
         axes.grid(True, color=LINE, linewidth=0.8)
         axes.set_axisbelow(True)
     return figure, axes
+
+
+def percent_axis(axis: Axis) -> None:
+    """Shares 0..1 written as percent."""
+    axis.set_major_formatter(lambda share, _: f"{100 * share:.4g} %")
+
+
+def plain_log_axis(axes: Axes) -> None:
+    """A logarithmic x axis, its steps written as they are spoken; for axes that are drawn already."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,), numticks=6))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def to_svg(figure: Figure, name: str, description: str) -> str:

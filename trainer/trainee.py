@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from cluster.launch import Worker
+from cluster.worker import Worker
 from data_pipeline.loader import TrainLoader
 from trainer.batch_norm import synchronise_batch_norm
 from trainer.config import TrainerConfig
@@ -19,6 +19,7 @@ from trainer.model import build_model
 from trainer.nonfinite import NonFiniteGuard
 from trainer.objective import Objective
 from trainer.pool_size import check_pool_fits
+from trainer.step_log import ToldLines
 from trainer.weight_average import WeightAverage
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Trainee:
         memory: Embeddings of past batches; None = off.
         loader: This rank's batches.
         guard: Against what is not finite.
+        told: What the driver was told last.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Trainee:
     memory: CrossBatchMemory | None
     loader: TrainLoader
     guard: NonFiniteGuard
+    told: ToldLines
 
 
 def build_trainee(
@@ -99,4 +102,5 @@ def build_trainee(
         memory=memory,
         loader=loader,
         guard=NonFiniteGuard(worker, stage, "stage_one.optimiser.lr" if start is None else "fine_tune.lr"),
+        told=ToldLines(worker),
     )

@@ -12,9 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cluster.launch import Worker
+from cluster.worker import Worker
+from data_pipeline.damage import check_left_out
 from data_pipeline.dataset import Dataset
-from data_pipeline.loader import Batch, evaluation_batches
+from data_pipeline.loader import Batch
+from data_pipeline.passes import evaluation_batches
 from trainer.config import TrainerConfig
 from trainer.metrics import METRICS
 from trainer.model import Output
@@ -93,14 +95,25 @@ def validate(
         config: Batch size and image settings.
         worker: This rank.
         device: Where the network is.
+
+    Raises:
+        UserError: More than `data.max_damaged` images of val are damaged; every rank raises it.
     """
     batch_size = config.features.batch_size
     rows, predictions = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     batches = evaluation_batches(
-        dataset, config.data, "val", batch_size=batch_size, rank=worker.rank, world=worker.world, device=device
+        dataset,
+        config.data,
+        "val",
+        batch_size=batch_size,
+        rank=worker.rank,
+        world=worker.world,
+        device=device,
+        warn=worker.warn,
     )
     num_batches = 0
-    for batch in batches:
+    worker.beat("validation")  # before the graph of the first batch is built
+    for batch in worker.beating(batches, "validation"):
         num_batches += 1
         rows.append(batch.rows)
         predictions.append(predict(batch.images).logits.argmax(1).cpu().numpy())
@@ -109,8 +122,11 @@ def validate(
         side = config.data.image_px
         for _ in range(num_batches, -(-longest // batch_size)):
             predict(torch.zeros(1, 3, side, side, device=device))
+    worker.beat("validation, figures")
     parts: list[Any] = [None] * worker.world
     dist.all_gather_object(parts, (np.concatenate(rows), np.concatenate(predictions)))
-    labels = dataset.index("val").label[np.concatenate([p[0] for p in parts])]
+    seen = np.concatenate([p[0] for p in parts])
+    check_left_out(dataset, "val", seen, config.data.max_damaged)
+    labels = dataset.index("val").label[seen]
     predicted = np.concatenate([p[1] for p in parts])
     return {name: float(metric(labels, predicted, len(dataset.classes))) for name, metric in METRICS.items()}

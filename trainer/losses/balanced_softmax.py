@@ -13,7 +13,7 @@ from trainer.losses.frequency import log_prior
 
 
 class BalancedSoftmax(CrossEntropy):
-    """Cross-entropy of the logits + log pi, pi the class frequencies: the logits learn to do without the prior.
+    """Cross-entropy of the logits [B, C] + log pi [C], pi the class frequencies: the logits learn to do without them.
 
     The prior is *added* in training, and nothing is added when the model is used.
     """

@@ -52,10 +52,6 @@ class LossSum:
     count: int
     masked: Tensor
 
-    def masked_per_class(self, num_classes: int) -> Tensor:
-        """How many anchors of each class have no term, [C] int64, on the loss's device."""
-        return torch.bincount(self.masked, minlength=num_classes)
-
 
 class MetricLoss(nn.Module):
     """Base of the metric losses: checks what they are given; a subclass defines `loss_sum`.
@@ -71,11 +67,9 @@ class MetricLoss(nn.Module):
 
     Attributes:
         needs_unit_length: Embeddings must lie on the unit sphere.
-        needs_samples_per_class: The loss is defined on batches of P classes x K samples.
     """
 
     needs_unit_length = False
-    needs_samples_per_class = False
 
     def __init__(self, config: LossConfig, num_classes: int, dim: int, class_counts: Tensor) -> None:
         super().__init__()

@@ -21,8 +21,6 @@ from trainer.pairwise import accumulation_dtype
 class ClassCentreTriplet(MetricLoss):
     """See `class_centre_triplet`."""
 
-    needs_samples_per_class = True
-
     def loss_sum(self, anchors: Tensor, labels: Tensor, pool: Pool, progress: float) -> LossSum:
         """See `MetricLoss.forward`."""
         return class_centre_triplet(anchors, labels, pool, self.config.margin, self.num_classes)
@@ -33,8 +31,6 @@ class ProgressiveClassCentreTriplet(MetricLoss):
 
     On P x K batches the first stage is class-balanced: each class has as many anchors.
     """
-
-    needs_samples_per_class = True
 
     def loss_sum(self, anchors: Tensor, labels: Tensor, pool: Pool, progress: float) -> LossSum:
         """See `MetricLoss.forward`."""

@@ -10,7 +10,10 @@ from trainer.losses.cosface import CosFace
 
 
 class Ldam(CosFace):
-    """Cross-entropy of s * (cos_y - m_y) against s * cos_j with m_c ~ n_c^(-1/4), the rarest class's m being .5."""
+    """Cross-entropy of s * (cos_y - m_y) against s * cos_j with m_c ~ n_c^(-1/4), the rarest class's m being .5.
+
+    Logits s * cosine [B, C], labels [B]: see `CrossEntropy.forward`.
+    """
 
     paper_margin = 0.5
 

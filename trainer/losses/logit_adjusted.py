@@ -9,7 +9,7 @@ from trainer.losses.balanced_softmax import BalancedSoftmax
 
 
 class LogitAdjusted(BalancedSoftmax):
-    """Cross-entropy of the logits + tau log pi; tau = 1 is balanced softmax."""
+    """Cross-entropy of the logits [B, C] + tau log pi [C]; tau = 1 is balanced softmax."""
 
     def strength(self) -> float:
         """Factor of log pi: tau."""

@@ -16,8 +16,6 @@ from trainer.pairwise import hardest_rows, semi_hard_rows
 class SemiHardTriplet(MetricLoss):
     """See `semi_hard_triplet`."""
 
-    needs_samples_per_class = True
-
     def loss_sum(self, anchors: Tensor, labels: Tensor, pool: Pool, progress: float) -> LossSum:
         """See `MetricLoss.forward`."""
         return semi_hard_triplet(anchors, labels, pool, self.config.margin)
