@@ -12,9 +12,10 @@ comes from the one time that it did not see it. The chosen heads are then traine
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from cluster.errors import UserError
-from cluster.storage import open_storage
+from cluster.storage import open_storage, worker_environment
 from trainer.closed_forms import fit_temperature
+from trainer.feature_mirror import fetch_features
 from trainer.features import read_features
 from trainer.heads import Head, HeadSpec, parse_heads, save_heads
 from trainer.stage_two import make_heads, predict
@@ -42,7 +44,7 @@ class Job:
     """All blocks of a search and what their trials need.
 
     Attributes:
-        features_folder: Features of train and val, at a path that every trial reaches.
+        features_uri: Features of train and val: a path that every trial reaches, or an s3:// URI.
         blocks: The heads of each block.
         own: Stage one's classifier on raw features.
         num_classes: C.
@@ -51,9 +53,10 @@ class Job:
         storage_uri: Where block files go.
         device: `cpu` or `cuda`.
         keep: Leave the heads themselves, trained on all that may be trained on, with their temperatures.
+        environment: For the trials' processes, which may be on other machines.
     """
 
-    features_folder: str
+    features_uri: str
     blocks: list[list[HeadSpec]]
     own: Head
     num_classes: int
@@ -62,6 +65,7 @@ class Job:
     storage_uri: str
     device: str = "cpu"
     keep: bool = False
+    environment: dict[str, str] = field(default_factory=worker_environment)
 
     def first_head(self, block: int) -> int:
         """Number of a block's first head; head 0 is stage one's own."""
@@ -94,11 +98,12 @@ class Data:
     """The features that heads are trained on and judged by, opened once a process."""
 
     def __init__(self, job: Job):
-        self.val = read_features(job.features_folder, "val")
-        train = read_features(job.features_folder, "train")
-        self.folds = list(training_sets(train, self.val, job.folds, job.num_classes, job.device))
+        folder = fetch_features(job.features_uri)
+        self.val, train = read_features(folder, "val"), read_features(folder, "train")
+        place: Any = job.num_classes, job.device, job.folds + job.keep
+        self.folds = list(training_sets(train, self.val, job.folds, *place))
         everything = np.arange(len(self.val) if job.folds > 1 else 0)
-        self.all = training_set(train, self.val, everything, job.num_classes, job.device) if job.keep else None
+        self.all = training_set(train, self.val, everything, *place) if job.keep else None
 
 
 def make_block(job: Job, block: int, data: Data) -> list[Row]:
@@ -125,7 +130,9 @@ def make_block(job: Job, block: int, data: Data) -> list[Row]:
     if data.all is not None:
         final = [_on_cpu(head) for head in make_heads(specs, data.all, job.own)]
         labels = torch.from_numpy(data.val.labels)
-        for row, out in zip(rows, logits, strict=True):
+        for row, out, head in zip(rows, logits, final, strict=True):
+            if not _is_finite(head):  # in folds it may have stayed so
+                row["status"] = "diverged"
             row["temperature"] = fit_temperature(out, labels) if row["status"] == "done" else None
     _write(job, block, Block(rows, predictions, final, time.perf_counter() - began))
     return rows
@@ -177,6 +184,7 @@ class BlockTrial(tune.Trainable):
         """Open the features."""
         assert job is not None
         self.job = job
+        os.environ.update(job.environment)
         if job.device == "cpu":
             torch.set_num_threads(1)  # a trial has one core
         self.data = Data(job)
@@ -186,10 +194,9 @@ class BlockTrial(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        """Make the block; the report only feeds the progress bar."""
+        """Make the block; the report only feeds the bar and the table in the terminal."""
         rows = make_block(self.job, self.config["block"], self.data)
-        scores = [row["score"] for row in rows if row["status"] == "done"]
-        return {"heads": len(rows), "best": max(scores, default=0.0), "done": True}
+        return {"scores": [(row["family"], row["score"]) for row in rows], "done": True}
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
         """Nothing to keep: a block that is not finished starts again."""

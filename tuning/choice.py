@@ -107,5 +107,13 @@ def luck(judge: Judge, predictions: np.ndarray) -> float:
     """
     scores = judge.scores(predictions)
     best = np.argsort(-scores, kind="stable")[:HEADS_FOR_LUCK]
-    noise = judge.resampled(predictions[best]) - scores[best, None]
-    return float(np.maximum(noise.max(axis=0), 0).mean()) if len(best) > 1 else 0.0
+    return expected_lead(judge.resampled(predictions[best]) - scores[best, None])
+
+
+def expected_lead(noise: np.ndarray) -> float:
+    """Expected maximum of what val adds to the scores of equally good heads or trials; 0 for a single one.
+
+    Args:
+        noise: What each resample of val's groups adds to each of their scores, [H, S].
+    """
+    return float(np.maximum(noise.max(axis=0), 0).mean()) if len(noise) > 1 else 0.0

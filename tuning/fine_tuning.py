@@ -15,7 +15,8 @@ import torch
 from cluster.errors import UserError
 from trainer.closed_forms import fit_temperature
 from trainer.evaluate import DESCRIPTIONS
-from trainer.extraction import extract_features, fetch_checkpoint
+from trainer.extraction import TRAIN_AND_VAL, extract_features, fetch_checkpoint
+from trainer.feature_mirror import fetch_features
 from trainer.features import Features, read_features
 from trainer.finetune import CHOICE_FILE, NAME, VAL, fine_tuning
 from trainer.heads import KNOBS, PRIOR_AWARE_FAMILIES, Head, HeadSpec
@@ -28,8 +29,6 @@ from tuning.rounds import run_round
 from tuning.stage_two import fingerprint
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from cluster.run import RunFolder
     from data_pipeline.dataset import Dataset
     from tuning.config import Config
@@ -73,9 +72,8 @@ def fine_tune(config: Config, dataset: Dataset, run: RunFolder) -> dict[str, Any
     if done is not None:
         return done
     chosen = run.need_json("stage_two/winner.json", "rarelens stage-two")
-    features = run.fetch("features/stage_one")
-    val, classes = read_features(features, "val"), len(dataset.classes)
-    winner = _winner_anew(config, dataset, run, chosen, features)
+    val, classes = read_features(fetch_features(_features_of(run)), "val"), len(dataset.classes)
+    winner = _winner_anew(config, dataset, run, chosen)
 
     tuning = fine_tuning(config, chosen, winner.head, config.stage_two.select_by)
     trained = tuning.train(dataset, run)
@@ -104,7 +102,7 @@ def spec_of(chosen: Row) -> HeadSpec:
     return HeadSpec(family, **knobs, double_correction=family in PRIOR_AWARE_FAMILIES and "power" in knobs)
 
 
-def _winner_anew(config: Config, dataset: Dataset, run: RunFolder, chosen: Row, features: Path) -> Winner:
+def _winner_anew(config: Config, dataset: Dataset, run: RunFolder, chosen: Row) -> Winner:
     from cluster.launch import resolve_workers, start_ray
 
     start_ray(config.cluster)
@@ -114,9 +112,9 @@ def _winner_anew(config: Config, dataset: Dataset, run: RunFolder, chosen: Row, 
     spec, select_by = spec_of(chosen), config.stage_two.select_by
 
     def make(folds: int, keep: bool) -> tuple[Row, np.ndarray, Head | None]:
-        decides = fingerprint(features, own, [NAME, folds, select_by, keep], [spec])
+        decides = fingerprint(fetch_features(_features_of(run)), own, [NAME, folds, select_by, keep], [spec])
         job = Job(
-            features_folder=str(features.resolve()),
+            features_uri=_features_of(run),
             blocks=[[spec]],
             own=own,
             num_classes=len(dataset.classes),
@@ -142,6 +140,10 @@ def _winner_anew(config: Config, dataset: Dataset, run: RunFolder, chosen: Row, 
     if spec.family in SCALELESS_FAMILIES:  # no decision changes, and the loss begins with probabilities
         head = Head(head.weight / row["temperature"], head.bias / row["temperature"], head.normalise)
     return Winner(head, says)
+
+
+def _features_of(run: RunFolder) -> str:
+    return f"{run.uri}/{TRAIN_AND_VAL.folder}"
 
 
 def _compare(judge: Judge, ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:

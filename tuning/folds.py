@@ -59,7 +59,7 @@ def assign_folds(labels: np.ndarray, groups: np.ndarray, folds: int) -> np.ndarr
 
 
 def training_sets(
-    train: Features, val: Features, folds: int, num_classes: int, device: str = "cpu"
+    train: Features, val: Features, folds: int, num_classes: int, device: str = "cpu", sets: int = 1
 ) -> Iterator[tuple[TrainingSet, np.ndarray]]:
     """For each fold what heads are trained on, train and the other folds, and the rows of val that they are judged by.
 
@@ -71,14 +71,17 @@ def training_sets(
         folds: K.
         num_classes: C.
         device: Where heads are trained.
+        sets: So many of them are held at once, and share the memory for standardised features.
     """
     fold = assign_folds(val.labels, val.groups, folds)
     for k in range(folds):
         seen = np.flatnonzero(fold != k) if folds > 1 else np.empty(0, dtype=np.int64)
-        yield training_set(train, val, seen, num_classes, device), np.flatnonzero(fold == k)
+        yield training_set(train, val, seen, num_classes, device, sets), np.flatnonzero(fold == k)
 
 
-def training_set(train: Features, val: Features, rows: np.ndarray, num_classes: int, device: str) -> TrainingSet:
+def training_set(
+    train: Features, val: Features, rows: np.ndarray, num_classes: int, device: str, sets: int = 1
+) -> TrainingSet:
     """Train, in all its views, and some rows of val, which have one, as one set; nothing is copied."""
     labels, views = np.concatenate([train.labels, val.labels[rows]]), train.views
     view_rows = np.arange(len(train.x)).reshape(views, -1)
@@ -88,4 +91,4 @@ def training_set(train: Features, val: Features, rows: np.ndarray, num_classes: 
         of_val = np.tile(np.arange(len(train.x), len(x)), (views, 1))
         view_rows = np.concatenate([view_rows, of_val], axis=1)
     counts = np.bincount(labels, minlength=num_classes)
-    return TrainingSet(x, labels, counts, view_rows=view_rows, device=device)
+    return TrainingSet(x, labels, counts, view_rows=view_rows, device=device, sets=sets)

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from trainer.heads import FAMILY_NAMES
 from trainer.page import Section, document, duration, figure, percent, table, text
-from trainer.svg import BLUE, GREY, INK, MUTED, VERMILLION, canvas, to_svg
+from trainer.svg import BLUE, GREY, INK, VERMILLION, canvas, plain_log_axis, to_svg
+from tuning.settings import search_space, short_value
 
 if TYPE_CHECKING:
-    from tuning.config import Config
+    from tuning.config import Config, Range
     from tuning.trials_table import TrialRow
 
+PARALLEL_PX = 900
+CHARACTER_PX = 5.5
+LABELS_CHARACTERS = 42
+"""So many stand side by side below a small picture."""
 STATUS_LOOKS = {"done": (BLUE, "o"), "stopped": (GREY, "X"), "failed": (VERMILLION, "v")}
+LOOKS = (
+    "<p>Blue dots are trials that were trained to the end, grey crosses those that were stopped early, red triangles "
+    "those that failed after they had been judged.</p>"
+)
 
 
 def search_page(config: Config, rows: Sequence[TrialRow], names: Sequence[str]) -> str:
@@ -26,7 +36,7 @@ def search_page(config: Config, rows: Sequence[TrialRow], names: Sequence[str]) 
         rows: All trials.
         names: The searched settings.
     """
-    from tuning.trials_table import best_trial
+    from tuning.trials_table import best_trial, said_of_luck
 
     best = best_trial(rows)
     judged = [row for row in rows if row.score is not None]
@@ -34,7 +44,7 @@ def search_page(config: Config, rows: Sequence[TrialRow], names: Sequence[str]) 
     lead = (
         f"<p>{len(rows)} trials; {sum(row.status == 'stopped' for row in rows)} were stopped early and "
         f"{sum(row.status == 'failed' for row in rows)} failed. Each is judged by the {text(metric)} on val of the "
-        f"best of {config.search.heads} heads on its features. Test was not read.</p>"
+        f"best of {config.search.heads} heads on its features. Test was not read. {text(said_of_luck(rows))}</p>"
     )
     headings: list[Any] = ["trial", "status", "epochs", "score", "own classifier", "lower bound", "head"]
     cells = [
@@ -46,34 +56,78 @@ def search_page(config: Config, rows: Sequence[TrialRow], names: Sequence[str]) 
             percent(row.own),
             percent(row.lower_bound),
             text(FAMILY_NAMES.get(row.family or "", row.family or "")),
-            *(text(_short(row.choices.get(name))) for name in names),
+            *(text(short_value(row.choices.get(name))) for name in names),
         ]
         for row in sorted(rows, key=lambda row: -(row.score or -1.0))
     ]
     place = next(i for i, row in enumerate(sorted(rows, key=lambda row: -(row.score or -1.0))) if row is best)
     listing = table([*headings, *(text(name) for name in names)], cells, "Scores in percent, on val.", place)
-    drawings = "".join(figure(_against(judged, name, metric), "", 420) for name in names if _numbers(judged, name))
+    space = {name: search_space(config).get(name) for name in names}
+    drawings = "".join(figure(_against(judged, name, metric, wanted), "", 420) for name, wanted in space.items())
+    against = f'{LOOKS}<div class="grid">{drawings}</div>'
+    together = figure(_parallel(judged, space), "", 920)
     parts = [
         f"<header><h1>Search through both stages</h1>{lead}</header>",
         Section("best", "Best", "Best so far", figure(_best_so_far(judged, metric), "", 520)).markup(),
-        Section("settings", "Settings", "Score against each setting", f'<div class="grid">{drawings}</div>').markup(),
-        Section(
-            "together", "Together", "All settings of each trial", figure(_parallel(judged, names), "", 720)
-        ).markup(),
+        Section("settings", "Settings", "Score against each setting", against).markup(),
+        Section("together", "Together", "All settings of each trial", together).markup(),
         Section("trials", "Trials", "Trials", listing).markup(),
     ]
     return document(f"Search: {config.data.name}", "\n".join(parts))
 
 
-def _against(rows: Sequence[TrialRow], name: str, metric: str) -> str:
+@dataclass(frozen=True)
+class _Scale:
+    """How the values of a setting are placed along an axis: numbers as they are, anything else by its level.
+
+    Attributes:
+        levels: Texts of the values, in order; empty for numbers.
+        logarithmic: Numbers by their logarithm.
+    """
+
+    levels: tuple[str, ...]
+    logarithmic: bool
+
+    @classmethod
+    def of(cls, values: Sequence[Any], wanted: Range | None) -> _Scale:
+        """For these values of a setting that was searched so."""
+        if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
+            return cls((), bool(wanted and wanted.log_uniform))
+        return cls(tuple(sorted({short_value(value) for value in values})), False)
+
+    def numbers(self, values: Sequence[Any]) -> np.ndarray:
+        """[N], float64."""
+        if self.levels:
+            return np.array([self.levels.index(short_value(value)) for value in values], dtype=np.float64)
+        return np.array(values, dtype=np.float64)
+
+    def shares(self, values: Sequence[Any]) -> np.ndarray:
+        """[N], between 0 and 1."""
+        numbers = np.log(self.numbers(values)) if self.logarithmic else self.numbers(values)
+        return (numbers - numbers.min()) / max(float(np.ptp(numbers)), 1e-12)
+
+    def ticks(self, values: Sequence[Any]) -> list[tuple[float, str]]:
+        """Share and text of each level, or of the smallest and the largest number."""
+        if self.levels:
+            return [(i / max(1, len(self.levels) - 1), level) for i, level in enumerate(self.levels)]
+        return [(0.0, short_value(min(values))), (1.0, short_value(max(values)))]
+
+
+def _against(rows: Sequence[TrialRow], name: str, metric: str, wanted: Range | None) -> str:
     drawing, axes = canvas(310, 210)
-    values = _numbers(rows, name)
+    values = [row.choices.get(name) for row in rows]
+    scale = _Scale.of(values, wanted)
+    numbers, scores = scale.numbers(values), np.array([100 * (row.score or 0.0) for row in rows])
     for status, (colour, marker) in STATUS_LOOKS.items():
-        points = [(x, 100 * (row.score or 0)) for row, x in zip(rows, values, strict=True) if row.status == status]
-        x, y = np.array(points).reshape(-1, 2).T
-        axes.scatter(x, y, s=26, c=colour, marker=marker, alpha=0.7, linewidths=0, zorder=3)
-    if min(values) > 0 and max(values) / min(values) > 20:
-        axes.set_xscale("log")
+        ours = np.array([row.status == status for row in rows], dtype=bool)
+        axes.scatter(numbers[ours], scores[ours], s=26, c=colour, marker=marker, alpha=0.7, linewidths=0, zorder=3)
+    if scale.levels:
+        room = max(6, LABELS_CHARACTERS // len(scale.levels))
+        labels = [_cut(level, room) for level in scale.levels]
+        axes.set_xticks(range(len(labels)), labels, parse_math=False)
+        axes.set_xlim(-0.5, len(scale.levels) - 0.5)
+    elif scale.logarithmic:
+        plain_log_axis(axes)
     axes.set_xlabel(name, parse_math=False)
     axes.set_ylabel(f"{metric}, %")
     return to_svg(drawing, f"setting-{name.replace('.', '-')}", f"Score on val against {text(name)}")
@@ -91,43 +145,30 @@ def _best_so_far(rows: Sequence[TrialRow], metric: str) -> str:
     return to_svg(drawing, "best-so-far", "Best score on val so far against time")
 
 
-def _parallel(rows: Sequence[TrialRow], names: Sequence[str]) -> str:
+def _parallel(rows: Sequence[TrialRow], space: Mapping[str, Range | None]) -> str:
     """A line a trial through its place on each axis; the better the score the darker the line."""
-    drawing, axes = canvas(700, 260)
-    columns = {name: _places([row.choices.get(name) for row in rows]) for name in names}
-    columns["score"] = _places([row.score for row in rows])
-    order = np.argsort(columns["score"][0])
-    for i in order:
-        strength = columns["score"][0][i]
-        heights = [places[i] for places, _, _ in columns.values()]
-        axes.plot(range(len(heights)), heights, color=BLUE, alpha=0.12 + 0.7 * strength**2, linewidth=1 + strength)
+    drawing, axes = canvas(PARALLEL_PX, 280)
+    columns: dict[str, list[Any]] = {name: [row.choices.get(name) for row in rows] for name in space}
+    columns["score"] = [row.score for row in rows]
+    scales = [_Scale.of(values, space.get(name)) for name, values in columns.items()]
+    places = np.stack([scale.shares(values) for scale, values in zip(scales, columns.values(), strict=True)])
+    for i in np.argsort(places[-1]):
+        strength = places[-1, i]
+        axes.plot(places[:, i], color=BLUE, alpha=0.12 + 0.7 * strength**2, linewidth=1 + strength)
     axes.set_xticks(range(len(columns)), [name.rpartition(".")[2] for name in columns], parse_math=False)
     axes.set_yticks([])
-    for x, (_, low, high) in enumerate(columns.values()):
-        axes.annotate(low, (x, 0), xytext=(4, -2), textcoords="offset points", color=MUTED, fontsize=9, va="top")
-        axes.annotate(high, (x, 1), xytext=(4, 2), textcoords="offset points", color=INK, fontsize=9, va="bottom")
-    axes.set_ylim(-0.12, 1.12)
+    axes.set_ylim(-0.15, 1.15)
+    room = int(PARALLEL_PX / len(columns) / CHARACTER_PX)
+    for x, (scale, values) in enumerate(zip(scales, columns.values(), strict=True)):
+        for share, said in scale.ticks(values):
+            place: dict[str, Any] = {
+                "xytext": (4, -10 if share == 0 else 4),
+                "textcoords": "offset points",
+                "parse_math": False,
+            }
+            axes.annotate(_cut(said, room), (x, share), color=INK, fontsize=9, **place)
     return to_svg(drawing, "parallel", "All settings and the score of each trial")
 
 
-def _places(values: list[Any]) -> tuple[np.ndarray, str, str]:
-    """Where each value stands on its axis, 0..1, by the logarithm where it spans much; and the axis's ends."""
-    if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
-        numbers = np.array(values, dtype=np.float64)
-        ends = _short(float(numbers.min())), _short(float(numbers.max()))
-        if numbers.min() > 0 and numbers.max() / numbers.min() > 20:
-            numbers = np.log(numbers)
-        return (numbers - numbers.min()) / max(float(np.ptp(numbers)), 1e-12), *ends
-    kinds = sorted({str(value) for value in values})
-    places = np.array([kinds.index(str(value)) for value in values]) / max(1, len(kinds) - 1)
-    return places, kinds[0], kinds[-1]
-
-
-def _numbers(rows: Sequence[TrialRow], name: str) -> list[float]:
-    """A setting's values; empty where they are no numbers."""
-    values = [row.choices.get(name) for row in rows]
-    return values if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values) else []  # type: ignore[return-value]
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+def _cut(said: str, length: int) -> str:
+    return said if len(said) <= length else f"{said[: max(1, length - 1)]}\N{HORIZONTAL ELLIPSIS}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import UserError
-from trainer.heads import Head, HeadSpec, load_heads, save_heads
+from trainer.heads import FAMILY_NAMES, Head, HeadSpec, load_heads, save_heads
 
 TABLE_FILE = "results.parquet"
 WINNER_FILE = "winner.json"
@@ -83,6 +83,21 @@ def head_row(number: int, spec: HeadSpec, trial: int | None) -> Row:
         **dict.fromkeys(SCORES),
         **dict.fromkeys(("seeds", "seeds_score", "lower_bound", "temperature", "error")),
     }
+
+
+def said_of_choice(result: SearchResult) -> str:
+    """The winner, its lower bound, and how much of its lead is luck, for the terminal."""
+    best, own, heads = result.best_row(result.winner), result.best_row(OWN), len(result.rows) - 1
+    metric = result.select_by.replace("_", " ")
+    said = f"{FAMILY_NAMES[result.winner]} is the winner: {metric} on val {best['score']:.3f}"
+    if best["lower_bound"] is not None:
+        seeds = f"{best['seeds']} seeds" if best["seeds"] > 1 else "one seed"
+        said += f", {best['seeds_score']:.3f} over {seeds}, at least {best['lower_bound']:.3f} (one-sided 95 %)"
+    if result.winner != OWN:
+        lead = 100 * (best["score"] - own["score"])
+        said += f". It leads stage one's own classifier by {lead:.1f} points"
+    luck = f"if all {heads} heads were equally good, the best of them would lead by {100 * result.luck:.1f} points"
+    return f"{said}; {luck} by luck alone."
 
 
 def write_results(folder: str | Path, result: SearchResult) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
+from collections.abc import Iterable
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -11,12 +13,16 @@ from typing import Any
 
 import numpy as np
 from ray import tune
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
+from cluster.credentials import keep_credentials_here
 from cluster.errors import UserError
-from cluster.progress import Bar, progress_bar
+from cluster.progress import TableBar, progress_bar
 from cluster.storage import open_storage, to_pyarrow
+from trainer.feature_mirror import fetch_features
 from trainer.features import read_features
-from trainer.heads import Head
+from trainer.heads import FAMILY_NAMES, Head
 from tuning.block import BlockTrial, Job, finished_blocks, read_block
 from tuning.results import Row
 
@@ -27,13 +33,13 @@ Round = tuple[list[Row], np.ndarray, list[Head | None]]
 """Of each head its row, its predictions on val int32 [H, N], and itself where the round keeps heads."""
 
 
-def run_round(job: Job, gpus_per_trial: float, trial: type[BlockTrial]) -> Round:
+def run_round(job: Job, gpus_per_trial: float, trial: type[BlockTrial], *, all_may_fail: bool = False) -> Round:
     """Run the blocks of a round. Heads of blocks that were given up have rows with the error and predict class 0."""
-    errors = run_blocks(job, gpus_per_trial, trial)
+    errors = run_blocks(job, gpus_per_trial, trial, all_may_fail=all_may_fail)
     rows: list[Row] = []
     predictions: list[np.ndarray] = []
     heads: list[Head | None] = []
-    val = read_features(job.features_folder, "val")
+    val = read_features(fetch_features(job.features_uri), "val")
     for block, specs in enumerate(job.blocks):
         if block in errors:
             rows += [{**row, "error": errors[block]} for row in job.rows(block)]
@@ -47,17 +53,25 @@ def run_round(job: Job, gpus_per_trial: float, trial: type[BlockTrial]) -> Round
     return rows, np.concatenate(predictions), heads
 
 
-def run_blocks(job: Job, gpus_per_trial: float = 0.0, trial: type[BlockTrial] = BlockTrial) -> dict[int, str]:
+def run_blocks(
+    job: Job, gpus_per_trial: float = 0.0, trial: type[BlockTrial] = BlockTrial, *, all_may_fail: bool = False
+) -> dict[int, str]:
     """Run the blocks that are not finished, each as a Tune trial.
 
     A trial that dies is tried once more and then given up; the others go on. Given up ones are tried again by a later
     call.
 
+    Args:
+        job: The blocks.
+        gpus_per_trial: Share of a GPU for each trial; 0 = one core.
+        trial: What a Tune trial runs.
+        all_may_fail: Return even if every block was given up; the search has earlier rounds to choose from.
+
     Returns:
         The error of each block that was given up.
 
     Raises:
-        UserError: Every block of the search was given up.
+        UserError: Every block was given up, unless all may fail.
         KeyboardInterrupt: Ctrl-C; finished blocks stay.
     """
     done = finished_blocks(job.storage_uri)
@@ -75,7 +89,7 @@ def run_blocks(job: Job, gpus_per_trial: float = 0.0, trial: type[BlockTrial] = 
             _tuner(job, pending, gpus_per_trial, trial, watcher).fit()
     missing = set(pending) - finished_blocks(job.storage_uri)
     errors = {block: watcher.errors.get(block, "the trial ended without a result") for block in sorted(missing)}
-    if len(errors) == len(job.blocks):
+    if len(errors) == len(job.blocks) and not all_may_fail:
         first = next(iter(errors.values()))
         raise UserError(
             f"all {len(errors)} trials of the search failed, the first with: {first}; mend that and run again"
@@ -84,13 +98,15 @@ def run_blocks(job: Job, gpus_per_trial: float = 0.0, trial: type[BlockTrial] = 
 
 
 class _Watcher(tune.Callback):
-    """Feeds the progress bar and keeps the errors of trials that were given up."""
+    """Feeds the bar and the table in the terminal, and keeps the errors of trials that were given up."""
 
-    def __init__(self, job: Job, bar: Bar, done: set[int]):
+    def __init__(self, job: Job, bar: TableBar, done: set[int]):
         self.job, self.bar = job, bar
         self.errors: dict[int, str] = {}
-        self.heads = sum(len(job.blocks[block]) for block in done)
-        self.best = max((row["score"] or 0.0 for block in done for row in read_block(job, block).rows), default=0.0)
+        self.tried: Counter[str] = Counter()
+        self.best: dict[str, float] = {}
+        for block in sorted(done):
+            self._take((row["family"], row["score"]) for row in read_block(job, block).rows)
         self._show()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -101,40 +117,59 @@ class _Watcher(tune.Callback):
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """A block is finished."""
-        self.heads += result["heads"]
-        self.best = max(self.best, result["best"])
+        self._take(result["scores"])
         self._show()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A block was given up."""
         block = trial.config["block"]
         self.errors[block] = last_line(trial.error_file)
-        self.heads += len(self.job.blocks[block])
+        self._take((spec.family, None) for spec in self.job.blocks[block])
         self._show()
+
+    def _take(self, scores: Iterable[tuple[str, float | None]]) -> None:
+        for family, score in scores:
+            self.tried[family] += 1
+            self.best[family] = max(self.best.get(family, 0.0), score or 0.0)
 
     def _show(self) -> None:
         failed = f", {len(self.errors)} trials failed" if self.errors else ""
-        self.bar.update(self.heads, f"best {self.job.select_by.replace('_', ' ')} {self.best:.3f}{failed}")
+        metric = self.job.select_by.replace("_", " ")
+        best = max(self.best.values(), default=0.0)
+        self.bar.update(self.tried.total(), f"best {metric} {best:.3f}{failed}")
+        table = Table(box=SIMPLE_HEAD)
+        table.add_column("head")
+        for heading in ("tried", f"best {metric} on val"):
+            table.add_column(heading, justify="right")
+        for family, score in sorted(self.best.items(), key=lambda item: -item[1]):
+            table.add_row(FAMILY_NAMES[family], str(self.tried[family]), f"{score:.3f}")
+        self.bar.show(table)
 
 
 def _tuner(
     job: Job, pending: list[int], gpus_per_trial: float, trial: type[BlockTrial], watcher: _Watcher
 ) -> tune.Tuner:
-    filesystem, path = to_pyarrow(f"{job.storage_uri}/tune")
-    attempts = {stored.path.split("/")[1] for stored in open_storage(job.storage_uri).list("tune/")}
     resources = {"cpu": 1.0, "gpu": gpus_per_trial} if gpus_per_trial else {"cpu": 1.0}
     return tune.Tuner(
         tune.with_resources(tune.with_parameters(trial, job=job), resources),
         param_space={"block": tune.grid_search(pending)},
         tune_config=tune.TuneConfig(reuse_actors=True),
-        run_config=tune.RunConfig(
-            name=f"attempt-{len(attempts):03d}",
-            storage_path=path,
-            storage_filesystem=filesystem,
-            failure_config=tune.FailureConfig(max_failures=RETRIES),
-            callbacks=[watcher],
-            verbose=0,
-        ),
+        run_config=new_experiment(f"{job.storage_uri}/tune", watcher),
+    )
+
+
+def new_experiment(uri: str, watcher: tune.Callback) -> tune.RunConfig:
+    """Of a Tune experiment in a folder of its own below `uri`: what an earlier one left is never read."""
+    keep_credentials_here()
+    filesystem, path = to_pyarrow(uri)
+    attempts = {stored.path.split("/")[0] for stored in open_storage(uri).list()}
+    return tune.RunConfig(
+        name=f"attempt-{len(attempts):03d}",
+        storage_path=path,
+        storage_filesystem=filesystem,
+        failure_config=tune.FailureConfig(max_failures=RETRIES),
+        callbacks=[watcher],
+        verbose=0,
     )
 
 

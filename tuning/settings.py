@@ -2,52 +2,108 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cluster.config import flatten, nearest, parse_config
 from cluster.errors import UserError
 from tuning.config import Config, Range
 
-_PAIR = {
-    "stage_one.loss.weight": Range(log_uniform=(0.03, 3.0)),
-    "stage_one.sampling.power": Range(uniform=(0.0, 1.0)),
-}
 # The ranges follow the sweeps of arXiv 2207.06975's code and of the losses' own papers.
-DEFAULT_SPACES: dict[str, dict[str, Range]] = {
-    "contrastive": {**_PAIR, "stage_one.loss.temperature": Range(log_uniform=(0.03, 0.5))},
-    "margin": {**_PAIR, "stage_one.loss.margin": Range(uniform=(0.05, 1.0))},
-    "raw margin": {
-        "stage_one.loss.weight": Range(log_uniform=(1e-4, 1.0)),
-        "stage_one.loss.margin": Range(uniform=(5.0, 100.0)),
-        "stage_one.sampling.power": Range(uniform=(0.0, 1.0)),
+_TEMPERATURE = {"stage_one.loss.temperature": Range(log_uniform=(0.03, 0.5))}
+_MARGIN = {"stage_one.loss.margin": Range(uniform=(0.05, 1.0))}
+_RAW_MARGIN = {"stage_one.loss.margin": Range(uniform=(5.0, 100.0))}  # distances of features that are not normalised
+METRIC_SPACES: dict[str, dict[str, Range]] = {
+    "supervised_contrastive": _TEMPERATURE,
+    "balanced_contrastive": _TEMPERATURE,
+    "batch_hard_triplet": _MARGIN,
+    "semi_hard_triplet": _MARGIN,
+    "all_triplet": _MARGIN,
+    "class_centre_triplet": _MARGIN,
+    "progressive_class_centre_triplet": _MARGIN,
+    "centre": {"stage_one.loss.lr_ratio": Range(log_uniform=(1.0, 100.0))},
+    "multi_similarity": {
+        "stage_one.loss.negative_scale": Range(log_uniform=(10.0, 100.0)),
+        "stage_one.loss.similarity_base": Range(uniform=(0.3, 0.8)),
     },
-    "weight": _PAIR,
-    "none": {"stage_one.sampling.power": Range(uniform=(0.0, 1.0))},
+    "proxy_anchor": {
+        "stage_one.loss.proxy_scale": Range(log_uniform=(10.0, 64.0)),
+        "stage_one.loss.proxy_margin": Range(uniform=(0.0, 0.4)),
+        "stage_one.loss.lr_ratio": Range(log_uniform=(1.0, 100.0)),
+    },
+    "none": {},
 }
+"""What is searched by default of each metric loss, beside its weight."""
+CLASSIFICATION_SPACES: dict[str, dict[str, Range]] = {
+    "cross_entropy": {},
+    "balanced_softmax": {},
+    "logit_adjusted": {"stage_one.classification.tau": Range(uniform=(0.5, 2.0))},
+    "focal": {"stage_one.classification.gamma": Range(uniform=(0.5, 5.0))},
+    "ldam": {"stage_one.classification.margin": Range(uniform=(0.1, 0.7))},
+    "cosface": {"stage_one.classification.margin": Range(uniform=(0.1, 0.5))},
+    "arcface": {"stage_one.classification.margin": Range(uniform=(0.1, 0.7))},
+}
+"""And of each classification loss."""
+
+
+OF_A_TRAINING = (
+    "stage_one.",
+    "data.augment.",
+    "data.mix.",
+    "data.image_px.",
+    "data.resize_ratio.",
+    "model.",
+    "features.",
+)
+"""Settings in which trainings on one packed dataset may differ."""
 
 
 def search_space(config: Config) -> dict[str, Range]:
-    """What is searched: `search.space`, or by default the loss's own settings, its weight, sampling and learning rate.
+    """What is searched: `search.space`, or by default the losses' own settings, sampling and learning rate.
+
+    A name may be that of a section, such as `stage_one.sampling`, where settings go together: P x K. Each value is then
+    a whole section; what it leaves out has its default.
 
     Raises:
         UserError: A name is no setting, or one that a trial cannot change.
     """
     space = config.search.space or _default_space(config)
-    known = flatten(config.model_dump(mode="json"))
-    for name in space:
-        if name not in known:
-            raise UserError(f"search.space: {name!r} is no setting; {nearest(name, sorted(known))}")
-        if not name.startswith(("stage_one.", "data.augment.", "data.mix.", "data.image_px", "model.", "features.")):
-            raise UserError(
-                f"search.space: {name} cannot differ between trials, they share one packed dataset and one cluster; "
-                "search settings below stage_one, model, data.augment, data.mix, or data.image_px"
-            )
+    check_settings(config, space, "search.space", "trials")
     return space
 
 
-def with_choices(config: Config, choices: Mapping[str, Any]) -> Config:
+def check_settings(config: Config, names: Iterable[str], where: str, what: str) -> None:
+    """Refuse names that are no settings, and settings in which trainings on one packed dataset cannot differ.
+
+    Args:
+        config: The configuration.
+        names: Of settings.
+        where: The key under which they stand.
+        what: That differ in them.
+
+    Raises:
+        UserError: The first such name.
+    """
+    settings = flatten(config.model_dump(mode="json"))
+    known = settings.keys() | {name.rpartition(".")[0] for name in settings if "." in name}  # sections too
+    for name in names:
+        if name not in known:
+            raise UserError(f"{where}: {name!r} is no setting; {nearest(name, sorted(known))}")
+        if not f"{name}.".startswith(OF_A_TRAINING):
+            raise UserError(
+                f"{where}: {name} cannot differ between {what}, they share one packed dataset and one cluster; these "
+                "can: settings below stage_one, model, features, data.augment and data.mix, and data.image_px and "
+                "data.resize_ratio"
+            )
+
+
+def with_choices(config: Config, choices: Mapping[str, Any], where: str = "search") -> Config:
     """The configuration with some settings changed.
+
+    Args:
+        config: The configuration.
+        choices: Setting -> value.
+        where: They come from, for the error.
 
     Raises:
         UserError: The values do not go together; the message is the configuration's own.
@@ -59,7 +115,7 @@ def with_choices(config: Config, choices: Mapping[str, Any]) -> Config:
         for parent in parents:
             section = section[parent]
         section[leaf] = value
-    return parse_config(Config, values, "search")
+    return parse_config(Config, values, where)
 
 
 def tune_space(space: Mapping[str, Range]) -> dict[str, Any]:
@@ -79,14 +135,25 @@ def tune_space(space: Mapping[str, Range]) -> dict[str, Any]:
     return domains
 
 
+def short_value(value: Any) -> str:
+    """A setting's value in few characters; of a section its settings by name."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {short_value(part)}" for name, part in value.items())
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 def _default_space(config: Config) -> dict[str, Range]:
-    loss, lr = config.stage_one.loss, config.stage_one.optimiser.lr
-    if loss.name == "none":
-        kind = "none"
-    elif "contrastive" in loss.name:
-        kind = "contrastive"
-    elif "triplet" in loss.name:
-        kind = "margin" if loss.normalise else "raw margin"
-    else:
-        kind = "weight"
-    return {**DEFAULT_SPACES[kind], "stage_one.optimiser.lr": Range(log_uniform=(lr / 5, lr * 3))}
+    stage = config.stage_one
+    space: dict[str, Range] = {}
+    if stage.loss.name != "none":
+        bounds = (0.03, 3.0) if stage.loss.normalise else (1e-4, 1.0)
+        space["stage_one.loss.weight"] = Range(log_uniform=bounds)
+    metric = METRIC_SPACES[stage.loss.name]
+    space |= _RAW_MARGIN if metric is _MARGIN and not stage.loss.normalise else metric
+    space |= CLASSIFICATION_SPACES[stage.classification.name]
+    # Sampling is left alone where the loss makes up for the frequencies, or where the classes have weights instead.
+    corrects = stage.classification.corrects_frequencies and not stage.classification.double_correction
+    if not corrects and stage.sampling.class_weights is None:
+        space["stage_one.sampling.power"] = Range(uniform=(0.0, 1.0))
+    lr = stage.optimiser.lr
+    return {**space, "stage_one.optimiser.lr": Range(log_uniform=(lr / 5, lr * 3))}

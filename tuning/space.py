@@ -8,7 +8,7 @@ import numpy as np
 
 from data_pipeline.sampling import generator
 from trainer.head_training import kind_of
-from trainer.heads import KNOBS, TRAINED_FAMILIES, HeadSpec
+from trainer.heads import KNOBS, PRIOR_AWARE_FAMILIES, TRAINED_FAMILIES, HeadSpec
 from tuning.config import HeadFamily, SpaceConfig, StageTwoConfig
 
 GRID_POINTS = 21  # tau in steps of .1 over 0..2, as in Kang et al. 2020
@@ -29,6 +29,8 @@ DEFAULTS = {
     "margin": 0.5,
     "scale": 30.0,
 }
+NEAREST_TO_ONE = 1e-7
+"""Beta is drawn down to this distance from 1; there its weights are 1 / n but for classes of millions of images."""
 LOGARITHMIC = ("lr", "weight_decay", "scale")
 
 
@@ -55,7 +57,7 @@ def draw_specs(config: StageTwoConfig, seed: int) -> list[HeadSpec]:
     budget = config.heads // 4 if trained else config.heads
     specs = [spec for family in closed for spec in _closed_form(family, config.space, budget // max(1, len(closed)))]
     left = max(config.heads - len(specs), len(trained))
-    sampled = sum("power" in KNOBS[family] for family in trained)
+    sampled = sum("power" in _knobs(family, config) for family in trained)
     powers = int(np.clip(left * sampled // max(1, len(trained)) // HEADS_PER_POWER, 2, POWERS))
     drawn: list[HeadSpec] = []
     for i, family in enumerate(trained):
@@ -83,10 +85,16 @@ def _closed_form(family: HeadFamily, space: SpaceConfig, budget: int) -> list[He
 def _trained(family: HeadFamily, count: int, config: StageTwoConfig, powers: int, seed: int) -> list[HeadSpec]:
     """The default and `count - 1` drawn heads of a trained family."""
     rng = generator(seed, f"stage two space {family}")
-    knobs = [knob for knob in KNOBS[family] if knob in DEFAULTS]
+    knobs = [knob for knob in _knobs(family, config) if knob in DEFAULTS]
     values = {knob: _values(family, knob, count - 1, config.space, powers, rng) for knob in knobs}
     fixed: dict[str, Any] = {"batch_size": config.batch_size, "seed": seed}
+    fixed["double_correction"] = config.double_correction and family in PRIOR_AWARE_FAMILIES
     return [HeadSpec(family, **{knob: values[knob][i] for knob in knobs}, **fixed) for i in range(count)]
+
+
+def _knobs(family: HeadFamily, config: StageTwoConfig) -> tuple[str, ...]:
+    twice = config.double_correction and family in PRIOR_AWARE_FAMILIES
+    return ("power", *KNOBS[family]) if twice else KNOBS[family]
 
 
 def _values(
@@ -107,7 +115,10 @@ def _values(
             return [low] * (1 + drawn)
         values = rng.permutation(np.resize(np.linspace(low, high, powers).round(6), drawn))
     elif knob == "beta":
-        values = 1 - np.exp(_stratified(rng, drawn, np.log(1 - high), np.log(1 - low)))
+        nearest, farthest = max(1 - high, NEAREST_TO_ONE), max(1 - low, NEAREST_TO_ONE)
+        values = 1 - np.exp(_stratified(rng, drawn, np.log(nearest), np.log(farthest)))
+        if high == 1 and drawn:  # 1 / n itself, which no draw of a logarithm meets
+            values[values.argmax()] = 1.0
     elif knob in LOGARITHMIC:
         values = np.exp(_stratified(rng, drawn, np.log(low), np.log(high)))
     else:

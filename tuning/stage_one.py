@@ -10,29 +10,26 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
 from io import StringIO
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray import tune
 
 from cluster.errors import UserError
 from cluster.progress import progress_bar
-from cluster.storage import open_storage, to_pyarrow, worker_environment
+from cluster.storage import open_storage, worker_environment
 from tuning.config import Config
-from tuning.rounds import RETRIES, last_line
-from tuning.settings import search_space, tune_space
-from tuning.trial import DRAWN, TrialJob, judged_epochs, read_scores, run_trial
-from tuning.trials_table import BEST_FILE, FOLDER, TrialRow, write_trials
+from tuning.rounds import new_experiment
+from tuning.settings import search_space
+from tuning.trial import STOPPED_FILE, TRIAL, TrialJob, TrialsSoFar, read_scores, run_trial, trained_epochs
+from tuning.trials_table import BEST_FILE, ENDED, FOLDER, TrialRow, trials_table, write_trials
 
 if TYPE_CHECKING:
     from cluster.run import RunFolder
     from data_pipeline.dataset import Dataset
 
-SNAPSHOT_EVERY_S = 1
-"""Tune's state on disk lags by this much; what a trial has done lies in its own folder and does not lag."""
 LOOK_EVERY_S = 2.0
 BEGAN_FILE = f"{FOLDER}/began.json"
 
@@ -43,7 +40,8 @@ def search_stage_one(
     """Search stage one's settings and leave the outcome in `search/` of the run folder.
 
     Leaves `results.parquet` (a row a trial), `search.html` and, written last, `best.yaml`, which `rarelens train` takes
-    as it is. Trials that an earlier call has finished are not run again.
+    as it is. Trials that an earlier call has finished are not run again; those that it had begun go on from their
+    checkpoints, and those that failed are tried again.
 
     Args:
         config: The whole configuration; `search` says what is tried.
@@ -55,9 +53,10 @@ def search_stage_one(
         All trials.
 
     Raises:
-        UserError: The space names no setting, or every trial failed.
+        UserError: The space names no setting, every trial failed, or the search ended before its last trial.
     """
     from cluster.launch import resolve_workers, start_ray
+    from tuning.proposals import random_choices
 
     space = search_space(config)
     start_ray(config.cluster)
@@ -73,7 +72,12 @@ def search_stage_one(
     )
 
     # --- what Optuna proposes
-    rows = _run_round("settings", job, run, trial, config.search.trials, tune_space(space))
+    drawn = random_choices(config) if config.search.sampler == "random" else None
+    rows = _run_round("settings", job, run, trial, drawn)
+    if len(rows) < config.search.trials:
+        raise UserError(
+            f"the search ended after {len(rows)} of {config.search.trials} trials; run it again, it goes on from there"
+        )
     done = sorted((row for row in rows if row.score is not None), key=lambda row: -(row.score or 0.0))
     if not done:
         reason = next((row.error for row in rows if row.error), "no trial has said a score")
@@ -87,7 +91,7 @@ def search_stage_one(
         finalists = (full or done)[: config.search.finalists]
         seeds = range(config.seed + 1, config.seed + config.search.seeds)
         again = [{**row.choices, "seed": seed} for row in finalists for seed in seeds]
-        repeats = _run_round("seeds", job, run, trial, len(again), {DRAWN: tune.grid_search(again)})
+        repeats = _run_round("seeds", job, run, trial, again)
         for row in finalists:
             same = [r.score for r in repeats if _without_seed(r.choices) == row.choices and r.score is not None]
             row.judge([row.score or 0.0, *same])
@@ -111,126 +115,131 @@ def is_done(run: RunFolder) -> bool:
 
 
 def _run_round(
-    name: str, job: TrialJob, run: RunFolder, trial: Callable[..., None], trials: int, space: dict[str, Any]
+    name: str, job: TrialJob, run: RunFolder, trial: Callable[..., None], given: list[dict[str, Any]] | None = None
 ) -> list[TrialRow]:
-    """One Tune experiment, taken up again where an earlier driver left it; a row a trial, in the order of ending."""
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CDRAWNBACK_LOGGERS", "1")  # what trials say lies in their own folders
+    """One Tune experiment with the trials that have not ended yet; a row a trial, in the order of ending.
+
+    Args:
+        name: Of the round.
+        job: What all trials share.
+        run: The run folder.
+        trial: What a Tune trial runs.
+        given: The choices of each trial; None = as many as the search asks for, proposed by Optuna.
+    """
+    from tuning.proposals import Proposals, named, scheduler
+
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # what trials say lies in their own folders
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Tune's would return as if all were well
-    os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = str(SNAPSHOT_EVERY_S)
     for noisy in ("ray.tune", "optuna"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
-    with _watched(name, job, trials), redirect_stdout(StringIO()):
-        results = _tuner(name, job, run, trial, trials, space).fit()
-    epochs = job.config.stage_one.epochs
-    rows = [_row(name, job, results[i], epochs) for i in range(len(results))]
+    wanted = None if given is None else named(given)
+    begun = [row for row in TrialsSoFar(job).rows() if row.round == name and (wanted is None or row.trial in wanted)]
+    rows = [row for row in begun if row.status in ENDED]
+    trials = max(job.config.search.trials, len(begun)) if wanted is None else len(wanted)
+    if len(rows) < trials:
+        ended = {row.trial for row in rows}
+        left = None
+        if wanted is not None:
+            left = [{"name": trial, "choices": choices} for trial, choices in wanted.items() if trial not in ended]
+        watcher = _Watcher(job)
+        tuner = tune.Tuner(
+            _trainable(job, trial),
+            param_space={} if left is None else {TRIAL: tune.grid_search(left)},
+            tune_config=tune.TuneConfig(
+                search_alg=Proposals(job.config, begun) if left is None else None,
+                scheduler=scheduler(job.config, rows) if name == "settings" else None,
+                num_samples=trials - len(rows) if left is None else 1,
+                trial_dirname_creator=_trial_id,
+            ),
+            run_config=new_experiment(f"{run.uri}/{FOLDER}/tune/{name}", watcher),
+        )
+        with _watched(name, job, trials, watcher, wanted), redirect_stdout(StringIO()):
+            results = tuner.fit()
+        rows += [_row(job, results[i]) for i in range(len(results))]
     return sorted(rows, key=lambda row: (row.ended_s or 0.0, row.trial))
 
 
-def _tuner(
-    name: str, job: TrialJob, run: RunFolder, trial: Callable[..., None], trials: int, space: dict[str, Any]
-) -> tune.Tuner:
-    filesystem, path = to_pyarrow(f"{run.uri}/{FOLDER}/tune")
+def _trainable(job: TrialJob, trial: Callable[..., None]) -> Any:
     search = job.config.search
     resources = {"cpu": search.cpus_per_trial} | ({"gpu": search.gpus_per_trial} if job.device == "cuda" else {})
-    trainable = tune.with_resources(tune.with_parameters(trial, job=job), resources)
-    if tune.Tuner.can_restore(f"{path}/{name}", storage_filesystem=filesystem):
-        return tune.Tuner.restore(
-            f"{path}/{name}",
-            trainable,
-            storage_filesystem=filesystem,
-            resume_unfinished=True,
-            resume_errored=True,
-            param_space=space,
-        )
-    drawn = DRAWN in space
-    return tune.Tuner(
-        trainable,
-        param_space=space,
-        tune_config=tune.TuneConfig(
-            search_alg=None if drawn else _proposals(job.config),
-            scheduler=None if drawn else _scheduler(job.config),
-            num_samples=1 if drawn else trials,
-            trial_dirname_creator=_trial_id,
-        ),
-        run_config=tune.RunConfig(
-            name=name,
-            storage_path=path,
-            storage_filesystem=filesystem,
-            failure_config=tune.FailureConfig(max_failures=RETRIES),
-            verbose=0,
-        ),
-    )
+    return tune.with_resources(tune.with_parameters(trial, job=job), resources)
 
 
 def _trial_id(trial: Any) -> str:
     return trial.trial_id
 
 
-def _proposals(config: Config) -> Any:
-    if config.search.sampler == "random":
-        return tune.search.BasicVariantGenerator(random_state=config.seed)
-    from ray.tune.search.optuna import OptunaSearch
-
-    return OptunaSearch(metric="score", mode="max", seed=config.seed)
-
-
-def _scheduler(config: Config) -> Any:
-    if len(judged_epochs(config)) == 1:
-        return None
-    from ray.tune.schedulers import ASHAScheduler
-
-    return ASHAScheduler(
-        time_attr="epochs",
-        metric="score",
-        mode="max",
-        max_t=config.stage_one.epochs,
-        grace_period=config.search.first_epochs,
-        reduction_factor=config.search.reduction,
-    )
-
-
-def _row(name: str, job: TrialJob, result: Any, epochs: int) -> TrialRow:
+def _row(job: TrialJob, result: Any) -> TrialRow:
     """A trial by what lies in its own folder; Tune only tells its name, its choices and why it failed."""
-    trial_id = Path(result.path).name
-    choices = dict(result.config.get(DRAWN, result.config))
-    lines = read_scores(open_storage(f"{job.folder_uri}/{trial_id}"))
-    row = TrialRow(trial_id, name, choices, "failed", lines=lines)
-    if lines:
-        last = lines[-1]
-        row.epochs, row.score, row.own, row.family = last["epochs"], last["score"], last["own"], last["family"]
-        row.sd, row.ended_s = last["sd"], last["at_s"]
-        row.status = "done" if row.epochs == epochs else "stopped"
+    trial, choices = result.config[TRIAL]["name"], result.config[TRIAL]["choices"]
+    lines = read_scores(open_storage(f"{job.folder_uri}/{trial}"))
+    ended = lines and lines[-1]["epochs"] == trained_epochs(job.config, choices)
+    row = TrialRow.of(trial, dict(choices), lines, "done" if ended else "stopped" if lines else "failed")
     if result.error is not None:
-        row.status, row.error = "failed", last_line(str(Path(result.path) / "error.txt")) or str(result.error)
+        said = str(result.error).strip().splitlines() or [type(result.error).__name__]
+        row.status, row.error = "failed", said[-1]
     return row
 
 
+class _Watcher(tune.Callback):
+    """Marks trials that fell behind, so that no later driver runs them on, and knows those that were given up."""
+
+    def __init__(self, job: TrialJob):
+        self.job = job
+        self.failed: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its callbacks; its copy is never used again."""
+        return {}
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial has ended, or ASHA has ended it."""
+        given, epochs = trial.config[TRIAL], trial.last_result.get("epochs")
+        if epochs is None or epochs >= trained_epochs(self.job.config, given["choices"]):
+            return
+        with suppress(UserError):  # unmarked it is compared once more, should the search be taken up again
+            open_storage(f"{self.job.folder_uri}/{given['name']}").write(STOPPED_FILE, b"true")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial was given up."""
+        self.failed.add(trial.config[TRIAL]["name"])
+
+
 @contextmanager
-def _watched(name: str, job: TrialJob, trials: int) -> Iterator[None]:
-    """A progress bar that reads what the trials have written, so that it tells the truth after a restart too."""
-    ended = threading.Event()
+def _watched(
+    name: str, job: TrialJob, trials: int, watcher: _Watcher, wanted: Collection[str] | None
+) -> Iterator[None]:
+    """A progress bar and a table of what the trials have written, which tell the truth after a restart too."""
+    over = threading.Event()
     metric = job.config.stage_two.select_by.replace("_", " ")
+    names, seen = list(search_space(job.config)), TrialsSoFar(job)
     with progress_bar(f"search: {name}", trials) as bar:
 
         def look() -> None:
-            storage = open_storage(job.folder_uri)
-            files = [stored.path for stored in storage.list() if stored.path.endswith("scores.json")]
-            said = [read_scores(open_storage(f"{job.folder_uri}/{Path(path).parent}")) for path in files]
-            best = max((line["score"] for lines in said for line in lines), default=0.0)
-            bar.update(min(len(said), trials), f"trials judged, best {metric} {best:.3f}")
+            rows = seen.rows()
+            for row in rows:
+                row.status = "failed" if row.trial in watcher.failed else row.status
+            ours = [row for row in rows if row.round == name and (wanted is None or row.trial in wanted)]
+            ended = sum(row.status in ENDED for row in ours) + len(watcher.failed)
+            best = max((row.score or 0.0 for row in rows), default=0.0)
+            failed = f", {len(watcher.failed)} failed" if watcher.failed else ""
+            bar.update(min(ended, trials), f"trials, best {metric} {best:.3f}{failed}")
+            bar.show(trials_table(job.config, rows, names))
 
         def watch() -> None:
-            while not ended.wait(LOOK_EVERY_S):
-                look()
+            while not over.wait(LOOK_EVERY_S):
+                with suppress(UserError):  # of the storage: the next look may see more, and the trials do not need it
+                    look()
 
         thread = threading.Thread(target=watch, daemon=True)
         thread.start()
         try:
             yield
         finally:
-            ended.set()
+            over.set()
             thread.join()
-            look()
+            with suppress(UserError):
+                look()
 
 
 def _without_seed(choices: dict[str, Any]) -> dict[str, Any]:

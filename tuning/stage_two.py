@@ -12,7 +12,9 @@ import numpy as np
 import torch
 
 from cluster.errors import UserError
+from cluster.progress import console
 from trainer.closed_forms import fit_temperature
+from trainer.feature_mirror import fetch_features
 from trainer.features import MANIFEST_FILE, read_features
 from trainer.heads import KNOBS, Head, HeadSpec, save_heads
 from trainer.stage_two import predict
@@ -20,7 +22,18 @@ from tuning.block import BlockTrial, Job, fill_scores
 from tuning.choice import Judge, finalists, lower_bound, luck
 from tuning.config import StageTwoConfig
 from tuning.folds import number_of_folds
-from tuning.results import OWN, WINNER_FILE, Row, SearchResult, choose, head_row, merit, read_results, write_results
+from tuning.results import (
+    OWN,
+    WINNER_FILE,
+    Row,
+    SearchResult,
+    choose,
+    head_row,
+    merit,
+    read_results,
+    said_of_choice,
+    write_results,
+)
 from tuning.rounds import Round, run_round
 from tuning.space import blocks_of, draw_specs
 
@@ -30,6 +43,8 @@ if TYPE_CHECKING:
     from tuning.config import Config
 
 FOLDER = "stage_two"
+LOGITS_BYTES = 2 * 2**30
+"""What a trial's kept heads may say about val in all, in float32; a single head may say more."""
 
 
 def search_stage_two(config: Config, dataset: Dataset, run: RunFolder) -> SearchResult:
@@ -41,7 +56,7 @@ def search_stage_two(config: Config, dataset: Dataset, run: RunFolder) -> Search
         run: The run folder; it holds stage one's checkpoint and the features of train and val.
     """
     from cluster.launch import resolve_workers, start_ray
-    from trainer.extraction import fetch_checkpoint
+    from trainer.extraction import TRAIN_AND_VAL, fetch_checkpoint
     from trainer.stage_checkpoint import load_classifier
 
     if run.storage.exists(f"{FOLDER}/{WINNER_FILE}"):
@@ -53,7 +68,7 @@ def search_stage_two(config: Config, dataset: Dataset, run: RunFolder) -> Search
     start_ray(config.cluster)
     _, device = resolve_workers(config.cluster)
     result = search_heads(
-        run.fetch("features/stage_one"),
+        f"{run.uri}/{TRAIN_AND_VAL.folder}",
         own,
         len(dataset.classes),
         config.stage_two,
@@ -63,11 +78,12 @@ def search_stage_two(config: Config, dataset: Dataset, run: RunFolder) -> Search
     )
     write_results(run.path(f"{FOLDER}/{WINNER_FILE}").parent, result)
     run.publish(FOLDER)
+    console.print(f"stage two: {said_of_choice(result)}", highlight=False, soft_wrap=True)
     return result
 
 
 def search_heads(
-    features_folder: str | Path,
+    features: str | Path,
     own: Head,
     num_classes: int,
     config: StageTwoConfig,
@@ -85,7 +101,7 @@ def search_heads(
     meets its files. Ray must be initialised.
 
     Args:
-        features_folder: Features of train and val, at a path that every trial reaches.
+        features: Of train and val: a path that every trial reaches, or an s3:// URI.
         own: Stage one's classifier, on raw features.
         num_classes: C.
         config: Families, budget, ranges, metric, folds, finalists.
@@ -95,12 +111,13 @@ def search_heads(
         trial: What a Tune trial runs.
 
     Returns:
-        A row for every head, the chosen head of each family, the winner. Heads of trials that failed have no score.
+        A row for every head, the chosen head of each family, the winner. Heads of trials that failed have no score;
+        a family whose chosen head could not be made once more has none.
 
     Raises:
-        UserError: The features are missing, or every trial failed.
+        UserError: The features are missing, every trial of the first round failed, or the winner's of the last.
     """
-    rounds = _Rounds(features_folder, own, num_classes, config, storage_uri, gpus_per_trial, trial)
+    rounds = _Rounds(features, own, num_classes, config, storage_uri, gpus_per_trial, trial)
     specs = [HeadSpec(OWN), *draw_specs(config, seed)]
     rows, predictions, _ = rounds.run("heads", specs[1:])
     own_row, own_says = rounds.judge_own()
@@ -111,24 +128,40 @@ def search_heads(
     # --- the chosen head of each family, on all that may be trained on
     chosen = choose(rows)
     kept = {family: row for family, row in chosen.items() if family != OWN}
-    remade, _, made = rounds.run("chosen", [specs[row["head"]] for row in kept.values()], keep=True)
+    winner = max(chosen.values(), key=merit)["family"]
     heads = {OWN: rounds.own}
-    for (family, row), again, head in zip(kept.items(), remade, made, strict=True):
-        if head is None or again["status"] != "done":
+    remade = _make_chosen(rounds, [specs[row["head"]] for row in kept.values()])
+    for (family, row), (again, head) in zip(kept.items(), remade, strict=True):
+        if head is not None and again["status"] == "done":
+            row["temperature"], heads[family] = again["temperature"], head
+            continue
+        row["error"] = again["error"] or again["status"]
+        if family == winner:
             raise UserError(
-                f"the chosen {family} head could not be made once more: {again['error'] or again['status']}; mend that "
-                "and run again"
+                f"the chosen {family} head could not be made once more: {row['error']}; mend that and run again"
             )
-        row["temperature"], heads[family] = again["temperature"], head
     done = [row["head"] for row in rows if row["status"] == "done"]
     return SearchResult(
         rows=rows,
-        heads={family: heads[family] for family in chosen},
-        winner=max(chosen.values(), key=merit)["family"],
+        heads={family: heads[family] for family in chosen if family in heads},
+        winner=winner,
         select_by=config.select_by,
         folds=rounds.folds,
         luck=luck(rounds.judge, predictions[done]),
     )
+
+
+def _make_chosen(rounds: _Rounds, specs: list[HeadSpec]) -> list[tuple[Row, Head | None]]:
+    """Rows and heads of the last round; what a trial has lost is made once more, each head in a trial of its own."""
+    if not specs:  # every head diverged
+        return []
+    rows, _, heads = rounds.run("chosen", specs, keep=True)
+    lost = [i for i, row in enumerate(rows) if row["status"] == "failed"]
+    if lost and len(specs) > 1:
+        again, _, made = rounds.run("chosen", [specs[i] for i in lost], keep=True, alone=True)
+        for i, row, head in zip(lost, again, made, strict=True):
+            rows[i], heads[i] = row, head
+    return list(zip(rows, heads, strict=True))
 
 
 def _repeat_finalists(
@@ -154,7 +187,7 @@ class _Rounds:
 
     def __init__(
         self,
-        features_folder: str | Path,
+        features: str | Path,
         own: Head,
         num_classes: int,
         config: StageTwoConfig,
@@ -162,21 +195,27 @@ class _Rounds:
         gpus_per_trial: float,
         trial: type[BlockTrial],
     ):
-        self._features = Path(features_folder).resolve()  # trials work in folders of their own
-        self._storage_uri = storage_uri if "://" in storage_uri else str(Path(storage_uri).resolve())
+        self._features_uri, self._storage_uri = _absolute(features), _absolute(storage_uri)
+        self._features = fetch_features(features)
         self.config, self._gpus, self._trial = config, gpus_per_trial, trial
         self.own = Head(own.weight.float().cpu(), own.bias.float().cpu(), own.normalise)
-        self._val = read_features(features_folder, "val")
+        self._val = read_features(self._features, "val")
         self._num_classes = num_classes
         self.folds = number_of_folds(config.folds, self._val.labels, self._val.groups)
         self.judge = Judge(self._val.labels, self._val.groups, num_classes, config.select_by)
 
-    def run(self, name: str, specs: list[HeadSpec], keep: bool = False) -> Round:
-        """Rows, predictions on val and, with `keep`, the heads."""
-        settings = [name, self.folds, self.config.select_by, self.config.heads_per_trial]
+    def run(self, name: str, specs: list[HeadSpec], *, keep: bool = False, alone: bool = False) -> Round:
+        """Rows, predictions on val and, with `keep`, the heads; `alone` = each in a trial of its own.
+
+        The later rounds are few trials, often one: that all of them fail ends only the first.
+        """
+        heads_per_trial = 1 if alone else self.config.heads_per_trial
+        if keep:  # their logits on val are held, for the temperature
+            heads_per_trial = min(heads_per_trial, max(1, LOGITS_BYTES // (4 * len(self._val) * self._num_classes)))
+        settings = [name, self.folds, self.config.select_by, heads_per_trial]
         job = Job(
-            features_folder=str(self._features),
-            blocks=blocks_of(specs, self.config.heads_per_trial),
+            features_uri=self._features_uri,
+            blocks=blocks_of(specs, heads_per_trial),
             own=self.own,
             num_classes=self._num_classes,
             select_by=self.config.select_by,
@@ -185,7 +224,7 @@ class _Rounds:
             device="cuda" if self._gpus else "cpu",
             keep=keep,
         )
-        return run_round(job, self._gpus, self._trial)
+        return run_round(job, self._gpus, self._trial, all_may_fail=name != "heads")
 
     def judge_own(self) -> tuple[Row, np.ndarray]:
         """Row and predictions [1, N] of stage one's own classifier."""
@@ -194,6 +233,11 @@ class _Rounds:
         logits = self.own.logits(torch.from_numpy(np.array(self._val.x)))
         row["temperature"] = fit_temperature(logits, torch.from_numpy(self._val.labels))
         return row, says
+
+
+def _absolute(place: str | Path) -> str:
+    """Trials work in folders of their own, where a relative path would mean another place."""
+    return str(place) if "://" in str(place) else str(Path(place).resolve())
 
 
 def fingerprint(features_folder: str | Path, own: Head, settings: list[Any], specs: list[HeadSpec]) -> str:
