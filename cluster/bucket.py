@@ -9,6 +9,7 @@ import re
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,12 +19,12 @@ import botocore.exceptions as errors
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 
-from cluster.bucket_errors import PastTheEndError, TakenError, endpoint_url, plain_errors
+from cluster.bucket_errors import PastTheEndError, TakenError, check_endpoint, endpoint_url, plain_errors
 from cluster.errors import UserError
 from cluster.folder import whole_file
 from cluster.storage import StoredFile, StoredFiles, missing, safe_path, too_short
 
-_ATTEMPTS = 8  # with botocore's exponential backoff: about half a minute of throttling or outage
+_ATTEMPTS = 8  # with botocore's exponential backoff: about a minute of throttling or outage
 _BODY_ATTEMPTS = 5  # a body that breaks off is not retried by botocore
 _BLOCK_BYTES = 1 << 20
 _PART_BYTES = 32 << 20
@@ -116,13 +117,13 @@ class BucketStorage:
         with self._plain_errors(path):
             self._client().delete_object(Bucket=self.bucket, Key=self._key(path))
 
-    def upload(self, local: Path, path: str) -> None:
+    def upload(self, local: Path, path: str, on_bytes: Callable[[int], object] | None = None) -> None:
         """See `Storage.upload`: in parts above 32 MiB, several at a time."""
         if not local.is_file():
             raise missing(str(local))
         config = TransferConfig(multipart_threshold=_PART_BYTES, multipart_chunksize=_PART_BYTES, max_concurrency=8)
         with self._plain_errors(path):
-            self._client().upload_file(str(local), self.bucket, self._key(path), Config=config)
+            self._client().upload_file(str(local), self.bucket, self._key(path), Config=config, Callback=on_bytes)
 
     def download(self, path: str, local: Path) -> None:
         """See `Storage.download`.
@@ -189,7 +190,8 @@ def _make_client() -> Any:
     if "AWS_MAX_ATTEMPTS" not in os.environ:
         retries["total_max_attempts"] = _ATTEMPTS
     if "AWS_RETRY_MODE" not in os.environ:
-        retries["mode"] = "standard"
+        # Not "standard": there all requests of a process share a quota of retries, which an outage soon uses up.
+        retries["mode"] = "legacy"
     config = Config(
         signature_version="s3v4",
         retries=retries,
@@ -202,4 +204,6 @@ def _make_client() -> Any:
         response_checksum_validation="when_required",
     )
     # A session of our own: boto3's default one is not safe to use from several threads.
-    return boto3.session.Session().client("s3", endpoint_url=endpoint_url(), config=config)
+    client = boto3.session.Session().client("s3", endpoint_url=endpoint_url(), config=config)
+    check_endpoint(client.meta.endpoint_url)  # a profile may name one, too
+    return client

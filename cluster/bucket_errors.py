@@ -37,11 +37,21 @@ def endpoint_url() -> str | None:
         UserError: It is no plain URL; it is not repeated, since it may hold a password.
     """
     url = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
-    if url and not re.fullmatch(r"https?://[^@/\s]+/?", url):
+    if url:
+        check_endpoint(url)
+    return url
+
+
+def check_endpoint(url: str) -> None:
+    """Refuse what is no plain URL of a server.
+
+    Raises:
+        UserError: It is not repeated, since it may hold a password.
+    """
+    if not re.fullmatch(r"https?://[^@/\s]+/?", url):
         raise UserError(
             "AWS_ENDPOINT_URL must read http://host:port or https://host:port; give credentials by boto3's own chain"
         )
-    return url
 
 
 class TakenError(UserError):

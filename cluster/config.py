@@ -6,10 +6,10 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cluster.errors import UserError
+from cluster.plain import read_yaml, refuse_credentials
 
 
 class Section(BaseModel):
@@ -18,16 +18,49 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
+Count = Annotated[int, Field(ge=1)]
+
+
 class ClusterConfig(Section):
     """Where a run's workers live and how they are looked after."""
 
-    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        "auto", description="Training processes; auto = one a GPU, else one a core"
+    workers: Count | tuple[Count, Count] | Literal["auto"] = Field(
+        "auto",
+        description="Training processes; [least, most] = as many as there is room for, more or fewer after a restart; "
+        "auto = one a GPU, else one a core",
     )
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto = cuda where Ray sees a GPU")
     cpus_per_worker: float = Field(1.0, gt=0, description="Cores reserved for each worker, its decoding included")
-    max_failures: int = Field(3, ge=-1, description="Restarts from the last checkpoint before giving up; -1 = no limit")
+    placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = Field(
+        "pack",
+        description="Workers on few machines, or on many; strict_: on one machine, or each on its own, or not at all",
+    )
+    max_failures: int = Field(
+        3,
+        ge=-1,
+        description="Restarts in a row without progress before giving up: each new checkpoint has them counted anew; "
+        "-1 = no limit",
+    )
     health_check_interval_s: float = Field(0.5, gt=0, description="How often Ray Train looks after its workers")
+    hang_after_s: float = Field(
+        45.0,
+        gt=0,
+        description="Pause without a step or batch from which workers are taken for hung and restarted, unless they "
+        "made pauses a tenth as long before",
+    )
+
+    @property
+    def worker_range(self) -> tuple[int, int] | None:
+        """The least and the most workers; None = auto."""
+        if self.workers == "auto":
+            return None
+        return self.workers if isinstance(self.workers, tuple) else (self.workers, self.workers)
+
+    @model_validator(mode="after")
+    def _least_is_not_more_than_most(self) -> ClusterConfig:
+        if self.worker_range and self.worker_range[0] > self.worker_range[1]:
+            raise ValueError(f"workers = {list(self.worker_range)} is [least, most]; swap them")
+        return self
 
 
 SectionType = TypeVar("SectionType", bound=Section)
@@ -45,30 +78,31 @@ def load_config(kind: type[SectionType], path: str | Path, overrides: list[str] 
         UserError: The file is missing or no YAML mapping, or a key or value is wrong; the message names the key and,
             for an unknown one, the nearest right one.
     """
-    try:
-        values = yaml.safe_load(_read(str(path))) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"configuration {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    values = read_yaml(_read(str(path)), f"configuration {path}") or {}
     if not isinstance(values, dict):
-        raise UserError(f"configuration {path} must be a mapping of keys to values, not a {type(values).__name__}")
+        raise UserError(
+            f"configuration {path} must be a mapping of keys to values, not a {type(values).__name__}; write lines of "
+            "KEY: VALUE, as configs/quickstart.yaml has them"
+        )
     return parse_config(kind, apply_overrides(values, overrides or []), origin=str(path))
 
 
-def _read(path: str) -> str:
+def _read(path: str) -> bytes:
     if "://" in path:
         from cluster.storage import open_storage
 
         folder, _, name = path.rpartition("/")
-        return open_storage(folder).read(name).decode()
+        return open_storage(folder).read(name)
     if not Path(path).is_file():
         raise UserError(
             f"configuration {path} does not exist; give the path of a YAML file, e.g. configs/quickstart.yaml"
         )
-    return Path(path).read_text()
+    return Path(path).read_bytes()
 
 
 def parse_config(kind: type[SectionType], values: dict[str, Any], origin: str) -> SectionType:
     """Check `values` and freeze them; pydantic's findings become one `UserError` that names each key."""
+    refuse_credentials(values, origin)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -90,7 +124,7 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
             target = target[parent]
         try:
             target[leaf] = _scalar(text)
-        except yaml.YAMLError:
+        except UserError:
             raise UserError(
                 f"override {override!r}: {text!r} is not valid YAML; quote it, e.g. {name}='\"text\"'"
             ) from None
@@ -133,7 +167,7 @@ def _clause(kind: type[Section], key: str, items: list[dict[str, Any]]) -> str:
             f"unknown key {key!r}; {nearest(str(item['loc'][-1]), list(_section(kind, item['loc'][:-1]).model_fields))}"
         )
     if item["type"] == "missing":
-        return f"{key} is missing"
+        return f"{key} is missing; add it"
     if item["type"] == "value_error":  # of our own validators, which name the key and the value themselves
         message = item["msg"].removeprefix("Value error, ")
         return f"{key}: {message}" if key else message
@@ -141,6 +175,7 @@ def _clause(kind: type[Section], key: str, items: list[dict[str, Any]]) -> str:
         names = [word.strip(" '") for word in item["ctx"]["expected"].replace(" or ", ", ").split(",")]
         return f"{key} = {item['input']!r} is not known; {nearest(str(item['input']), names)}"
     rules = [other["msg"].removeprefix("Input should be ").partition(", ")[0] for other in items]
+    rules = ["a list" if rule == "a valid tuple" else rule for rule in rules]
     if item["type"] == "model_type":
         rules = ["a mapping of keys to values"]
     rule = f" must be {' or '.join(rules)}" if item["msg"].startswith("Input should be ") else f": {item['msg']}"
@@ -173,7 +208,7 @@ def _section(kind: type[BaseModel], location: tuple[int | str, ...]) -> type[Bas
 
 def _scalar(text: str) -> Any:
     """YAML 1.1 reads `1e-3` as a string; every user means the number."""
-    value = yaml.safe_load(text) if text else None
+    value = read_yaml(text, "override") if text else None
     if isinstance(value, str):
         try:
             return float(value)

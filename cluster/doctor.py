@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import shlex
 import shutil
 import socket
 import sys
@@ -18,8 +19,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
+from cluster.build_cache import build_folder, default_folder, stale_locks
+from cluster.config import ClusterConfig
 from cluster.errors import UserError
 from cluster.probes import run_probe
 from cluster.storage import check_storage, open_storage
@@ -49,20 +51,23 @@ class Finding:
 def examine(
     storage_uri: str | None = None,
     paths: Sequence[str] = (),
-    workers: int | Literal["auto"] | None = None,
+    cluster: ClusterConfig | None = None,
+    extras: Sequence[str] = (),
 ) -> list[Finding]:
     """Look at everything that a run needs; nothing is changed and nothing raises.
 
     Args:
         storage_uri: Run folder; it is written, read, listed and deleted from.
         paths: Files, folders and URIs that must exist, such as images and weights.
-        workers: `cluster.workers`.
+        cluster: Workers and device; held against this machine, not against a cluster, which may grow.
+        extras: Of the project's optional dependencies, those that the run needs, e.g. `mlflow`.
     """
     checks: list[tuple[str, Callable[[], Iterable[Finding]]]] = [
         ("Python", _python),
-        ("packages", _packages),
+        ("packages", partial(_packages, extras)),
         *((name, partial(_probe, name)) for name in _PROBE_REMEDIES),
         ("C++ compiler", _compiler),
+        ("operator builds", _builds),
         ("disk", partial(_disk, storage_uri)),
         ("shared memory", _shared_memory),
         ("open files", _open_files),
@@ -72,10 +77,11 @@ def examine(
     if storage_uri is not None:
         checks.append(("storage", partial(_storage, storage_uri)))
     checks += [(path, partial(_exists, path)) for path in paths]
-    if workers is not None and "RAY_ADDRESS" not in os.environ:
-        checks.append(("workers", partial(_workers, workers)))
     with ThreadPoolExecutor(len(checks)) as pool:  # they mostly wait for processes and the network
-        return [finding for found in pool.map(lambda check: _safely(*check), checks) for finding in found]
+        findings = [finding for found in pool.map(lambda check: _safely(*check), checks) for finding in found]
+    if cluster is not None and "RAY_ADDRESS" not in os.environ:
+        findings += _safely("workers", partial(_workers, cluster, _gpus(findings)))
+    return findings
 
 
 def render(findings: Sequence[Finding]) -> None:
@@ -113,8 +119,8 @@ def _python() -> Iterable[Finding]:
     )
 
 
-def _packages() -> Iterable[Finding]:
-    """Each required package against the bounds in pyproject.toml."""
+def _packages(extras: Sequence[str] = ()) -> Iterable[Finding]:
+    """Each required package, and those of some extras, against the bounds in pyproject.toml."""
     from packaging.requirements import Requirement
 
     try:
@@ -123,8 +129,9 @@ def _packages() -> Iterable[Finding]:
         yield Finding(PROJECT, False, "the project is not installed", "pip install -e . in its folder")
         return
     for requirement in map(Requirement, wanted):
-        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+        if requirement.marker and not any(requirement.marker.evaluate({"extra": name}) for name in ("", *extras)):
             continue
+        requirement.marker = None  # for the remedy
         version = _version(requirement.name)
         if version is None and requirement.name.startswith("nvidia-dali"):
             version = _version("nvidia-dali-cuda120")
@@ -157,6 +164,14 @@ def _compiler() -> Iterable[Finding]:
     yield Finding("ninja", ninja is not None, ninja or "none found", "pip install ninja")
     header = Path(sysconfig.get_path("include"), "Python.h")
     yield Finding("Python headers", header.is_file(), str(header), "apt-get install python3-dev")
+
+
+def _builds() -> Iterable[Finding]:
+    """A lock that nobody holds, for which every program that builds an operator waits."""
+    for folder in sorted({build_folder(), default_folder()}):
+        left = stale_locks(folder)
+        what = f"{left[0]} was left by a build that was killed: the next one waits for it" if left else str(folder)
+        yield Finding("operator builds", not left, what, f"rm {' '.join(map(shlex.quote, map(str, left)))}")
 
 
 def _disk(storage_uri: str | None) -> Iterable[Finding]:
@@ -230,7 +245,26 @@ def _exists(path: str) -> Iterable[Finding]:
     yield Finding(path, there, "is there" if there else "does not exist", "correct the path in the configuration")
 
 
-def _workers(workers: int | Literal["auto"]) -> Iterable[Finding]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    fits = workers == "auto" or workers <= cores
-    yield Finding("workers", fits, f"{workers} on {cores} cores", f"set cluster.workers to at most {cores}, or auto")
+def _gpus(findings: Iterable[Finding]) -> int:
+    """How many the probe of GPUs has named, each with its memory."""
+    return sum(finding.what.count(" GiB)") for finding in findings if finding.name == "GPU" and finding.ok)
+
+
+def _workers(cluster: ClusterConfig, gpus: int) -> Iterable[Finding]:
+    """The least number of workers against the GPUs, or the cores, as `cluster.launch.resolve_workers` counts them."""
+    least = cluster.worker_range[0] if cluster.worker_range else None
+    wanted = "auto" if least is None else least
+    if cluster.device == "cuda" and not gpus:
+        yield Finding(
+            "workers", False, f"{wanted} with cluster.device = cuda, and no GPU is seen", "set cluster.device=cpu"
+        )
+        return
+    if cluster.device == "cuda" or (cluster.device == "auto" and gpus):
+        room, unit = gpus, f"{gpus} GPUs"
+    else:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        room, unit = max(1, int(cores / cluster.cpus_per_worker)), f"{cores} cores"
+        if cluster.cpus_per_worker != 1:
+            unit += f", of which each takes {cluster.cpus_per_worker:g}"
+    fits = least is None or least <= room
+    yield Finding("workers", fits, f"{wanted} on {unit}", f"set cluster.workers to at most {room}, or auto")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -15,6 +14,7 @@ from cluster.errors import UserError
 from cluster.storage import StoredFile, StoredFiles, missing, safe_path, too_short
 
 _PART = ".part"  # suffix of temporary files, `.<random>.part`: never listed
+_BLOCK_BYTES = 1 << 20
 
 
 @contextmanager
@@ -131,9 +131,9 @@ class LocalStorage:
         with disk_errors(self.root), suppress(FileNotFoundError):
             self.local_path(path).unlink()
 
-    def upload(self, local: Path, path: str) -> None:
+    def upload(self, local: Path, path: str, on_bytes: Callable[[int], object] | None = None) -> None:
         """See `Storage.upload`."""
-        _copy(local, self.local_path(path))
+        _copy(local, self.local_path(path), on_bytes)
 
     def download(self, path: str, local: Path) -> None:
         """See `Storage.download`."""
@@ -158,12 +158,15 @@ def _missing(file: Path) -> Iterator[None]:
         raise missing(str(file)) from None
 
 
-def _copy(source: Path, target: Path) -> None:
+def _copy(source: Path, target: Path, on_bytes: Callable[[int], object] | None = None) -> None:
     with _missing(source), disk_errors(target.parent):
         if target.exists() and source.samefile(target):
             return
         with source.open("rb") as reader, whole_file(target) as writer:
-            shutil.copyfileobj(reader, writer, 1 << 20)
+            while block := reader.read(_BLOCK_BYTES):
+                writer.write(block)
+                if on_bytes is not None:
+                    on_bytes(len(block))
 
 
 def _create_exclusively(target: Path, data: bytes) -> bool:

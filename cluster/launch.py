@@ -1,8 +1,7 @@
 """Run a function on N workers with Ray Train, and restart it from its last checkpoint when something dies.
 
-The function is called on every worker as `function(worker, **arguments)`. It talks to the driver through
-`Worker.tell`, and saves and restores through `Worker.report` and `Worker.checkpoint`. What it computes is its own
-business.
+The function is called on every worker as `function(worker, **arguments)`; `cluster.worker.Worker` says what it sees of
+the cluster. What it computes is its own business.
 """
 
 from __future__ import annotations
@@ -12,70 +11,30 @@ import logging
 import math
 import os
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cluster.checkpoint import newest_whole
 from cluster.config import ClusterConfig
+from cluster.driver import fit, fit_while_it_gets_on, loss_teller, messages_delivered, sigterm_stops
 from cluster.errors import UserError
-from cluster.storage import to_pyarrow, worker_environment
+from cluster.mailbox import Mailbox
+from cluster.progress import console
+from cluster.registry import mend_registry
+from cluster.retention import best_first, retention
+from cluster.storage import open_storage, to_pyarrow, worker_environment
+from cluster.watch import Pulse, Watch
+from cluster.worker import RayWorker, RunStopped, listen_for_sigterm
 
-POLL_MESSAGES_EVERY_S = 0.5
+if TYPE_CHECKING:
+    from ray.train.torch import TorchConfig
+
+INCIDENTS = ("warning", "hang", "lost")
+NODE_ID_LABEL = "ray.io/node-id"  # Ray gives it to every machine
 OBJECT_STORE_BYTES = 200 * 2**20  # features and images travel through files; Ray's store only carries messages
-
-
-@dataclass
-class Worker:
-    """One training process: who it is, and its way to the driver and to the checkpoints."""
-
-    rank: int
-    world: int
-    device: str
-    _mailbox: Any
-
-    def tell(self, message: dict[str, Any]) -> None:
-        """Send a message to the driver's `on_message`; returns at once."""
-        self._mailbox.put.remote(message)
-
-    @contextmanager
-    def checkpoint(self) -> Iterator[Path | None]:
-        """The newest whole checkpoint as a local folder, or None; every rank gets the same one.
-
-        A damaged one is passed over, with a warning that names the file, for the one before.
-
-        Raises:
-            UserError: There are checkpoints and none is whole: starting anew silently would lose the run.
-        """
-        import ray.train
-
-        reported = sorted(ray.train.get_all_reported_checkpoints(), key=lambda r: r.metrics["step"], reverse=True)
-        for candidate in reported:
-            with candidate.checkpoint.as_directory() as folder:
-                whole = newest_whole([Path(folder)])
-                if whole is not None:
-                    yield whole
-                    return
-        if reported:
-            raise UserError(
-                f"none of the {len(reported)} checkpoints below {Path(reported[0].checkpoint.path).parent} is whole; "
-                "delete that folder to train from the start"
-            )
-        yield None
-
-    def report(self, metrics: dict[str, float], folder: Path, name: str) -> None:
-        """Register `folder` (each rank its own files, merged under `name`) as a checkpoint. Every rank takes part.
-
-        `metrics` hold `step`, by which checkpoints are put in order.
-        """
-        import ray.train
-
-        checkpoint = ray.train.Checkpoint.from_directory(folder)
-        ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=name)
 
 
 @dataclass
@@ -99,7 +58,7 @@ def start_ray(cluster: ClusterConfig) -> None:
         ray.init(logging_level=logging.WARNING, log_to_driver=False)
         return
     cores = os.cpu_count() or 1
-    wanted = cluster.workers * cluster.cpus_per_worker if isinstance(cluster.workers, int) else 0
+    wanted = max(cluster.worker_range or (0,)) * cluster.cpus_per_worker
     ray.init(
         address="local",
         num_cpus=max(cores, math.ceil(wanted)),
@@ -110,8 +69,12 @@ def start_ray(cluster: ClusterConfig) -> None:
     )
 
 
-def resolve_workers(cluster: ClusterConfig) -> tuple[int, str]:
-    """Number of workers and their device (`cuda` or `cpu`), from the configuration and from what Ray has.
+def resolve_workers(cluster: ClusterConfig, most: int | None = None) -> tuple[int | tuple[int, int], str]:
+    """Number of workers (or the least and the most) and their device, from the configuration and from what Ray has.
+
+    Args:
+        cluster: The configuration.
+        most: The work has no use for more workers than this; bounds `workers: auto`.
 
     Raises:
         UserError: A GPU is asked for and Ray has none, or more workers than Ray has room for.
@@ -125,16 +88,16 @@ def resolve_workers(cluster: ClusterConfig) -> tuple[int, str]:
     if device == "cuda" and not gpus and not may_grow:
         raise UserError("cluster.device = cuda, but Ray sees no GPU; set cluster.device=cpu or run `rarelens doctor`")
     room = gpus if device == "cuda" else max(1, int(cores / cluster.cpus_per_worker))
-    if cluster.workers == "auto":
+    if cluster.worker_range is None:
         if not room:
             raise UserError("cluster.workers = auto, but the cluster has no GPU yet; give the number of workers")
-        return room, device
-    if cluster.workers > room and not may_grow:
+        return room if most is None else min(room, most), device
+    least, most = cluster.worker_range
+    if least > room and not may_grow:
         unit = "GPUs" if device == "cuda" else "cores"
-        raise UserError(
-            f"cluster.workers = {cluster.workers}, but there are {room} {unit} for them; lower cluster.workers"
-        )
-    return cluster.workers, device
+        given = list(cluster.worker_range) if least < most else least
+        raise UserError(f"cluster.workers = {given}, but there are {room} {unit} for them; lower cluster.workers")
+    return (least, most) if least < most else least, device
 
 
 def run_workers(
@@ -145,12 +108,14 @@ def run_workers(
     run_uri: str,
     cluster: ClusterConfig,
     keep: tuple[int, str] | None = None,
+    most: int | None = None,
     on_message: Callable[[dict[str, Any]], None] = lambda message: None,
 ) -> Outcome:
     """Call `function(worker, **arguments)` on every worker until it has returned everywhere.
 
     A worker that dies takes the group down; the group starts again, `Worker.checkpoint` giving the newest checkpoint,
-    up to `cluster.max_failures` times. The same `name` and `run_uri` go on where a driver that died had come to.
+    up to `cluster.max_failures` times without a newer one. The same `name` and `run_uri` go on where a driver that died
+    had come to.
 
     Args:
         function: Importable on the workers; must not return before it is done.
@@ -158,77 +123,120 @@ def run_workers(
         name: Folder below the run folder for Ray Train's state and the checkpoints.
         run_uri: Run folder, a path or s3:// URI that every worker reaches.
         cluster: Workers, device, failures.
-        keep: (number of checkpoints to keep, metric by which the best are kept; the newest always stays).
-        on_message: Called in the driver with what the workers `tell`.
+        keep: (number of the best checkpoints to keep, metric by which they are; the two newest always stay). None = the
+            function makes none.
+        most: Bounds `workers: auto`.
+        on_message: Called in the driver with what the workers `tell`, and with incidents: kind `warning`, `hang`
+            or `lost`, with a `text`, which have been shown then.
 
     Raises:
-        UserError: The function raised one on a worker.
+        UserError: The function raised one on a worker, or workers died more often than is allowed.
+        RunStopped: The driver got SIGTERM, and the workers have saved their last checkpoint.
     """
     import ray
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
     start_ray(cluster)
-    workers, device = resolve_workers(cluster)
-    mailbox = _mailbox_class().remote()
+    workers: Any
+    workers, device = resolve_workers(cluster, most)
+    if device == "cpu" and cluster.device == "auto" and "RAY_ADDRESS" in os.environ:
+        _say_once("no GPU in the cluster yet: training on the CPU; cluster.device=cuda has the autoscaler start some")
+    mailbox = _start_mailbox()
     filesystem, path = to_pyarrow(run_uri)
     resources: dict[str, float] = {"CPU": cluster.cpus_per_worker}
     if device == "cuda":
         resources["GPU"] = 1
-    keep_number, keep_by = keep or (None, None)
-    trainer = TorchTrainer(
-        _on_worker,
-        train_loop_config={
-            "function": function,
-            "arguments": arguments,
+    settings: dict[str, Any] = {
+        "train_loop_config": {
+            # By reference: Ray Train's controller would import all that the function's module does, for nothing.
+            "work": ray.put((function, arguments)),
             "mailbox": mailbox,
             "device": device,
+            "folder_uri": f"{run_uri}/{name}",
+            "hang_after_s": cluster.hang_after_s,
             "working_folder": os.getcwd(),
             "environment": worker_environment(),
         },
-        torch_config=TorchConfig(backend="nccl" if device == "cuda" else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=workers, use_gpu=device == "cuda", resources_per_worker=resources
+        "torch_config": _torch_config("nccl" if device == "cuda" else "gloo"),
+        "scaling_config": ray.train.ScalingConfig(
+            num_workers=workers,
+            use_gpu=device == "cuda",
+            resources_per_worker=resources,
+            placement_strategy=cluster.placement.upper(),
         ),
-        run_config=ray.train.RunConfig(
+        "run_config": ray.train.RunConfig(
             name=name,
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=keep_number, checkpoint_score_attribute=keep_by, checkpoint_score_order="max"
-            ),
+            callbacks=[loss_teller(mailbox), *([retention(*keep)] if keep else [])],
         ),
-    )
+    }
     logging.getLogger("ray.train").setLevel(logging.ERROR)
-    with _messages(mailbox, on_message):
+
+    def told(message: dict[str, Any]) -> None:
+        if message.get("kind") in INCIDENTS:
+            console.print(f"{name}: {message['text']}", highlight=False, markup=False, soft_wrap=True)
+        on_message(message)
+
+    def newest_step() -> int:
+        warn = lambda text: told({"kind": "warning", "step": 0, "text": text})  # noqa: E731
+        return mend_registry(open_storage(f"{run_uri}/{name}"), warn)
+
+    def may_begin_anew() -> bool:
+        ended = ray.get([mailbox.failure.remote(), mailbox.is_stopped.remote()])
+        return cluster.max_failures != 0 and not any(ended)
+
+    watch = Watch(mailbox, cluster.hang_after_s, told)
+    with messages_delivered(mailbox, watch, told), sigterm_stops(mailbox, gracefully=keep is not None):
         try:
-            result = _fit(trainer)
-        except ray.train.TrainingFailedError as error:
+            result = fit_while_it_gets_on(
+                lambda: fit(TorchTrainer(_on_worker, **settings)), newest_step, may_begin_anew
+            )
+        except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
             failure = ray.get(mailbox.failure.remote())
             if failure:
                 raise UserError(failure) from None
-            raise error
+            raise _given_up(error, name, run_uri, cluster) from error
     failure = ray.get(mailbox.failure.remote())
     if failure:
         raise UserError(failure)
+    if ray.get(mailbox.is_stopped.remote()):
+        raise RunStopped
     root = f"{path.rstrip('/')}/"
-    best = [(c.path.removeprefix(root), dict(m)) for c, m in result.best_checkpoints or []]
-    return Outcome(sorted(best, key=lambda item: -item[1][keep_by]) if keep_by else best)
+    reported = [(c.path.removeprefix(root), dict(m)) for c, m in result.best_checkpoints or []]
+    return Outcome(best_first(reported, keep[1]) if keep else reported)
 
 
-def _fit(trainer: Any) -> Any:
-    """`trainer.fit()` on a thread of its own: on the main one Ray Train takes Ctrl-C over and exits with status 0."""
-    outcome: Future[Any] = Future()
+def _start_mailbox() -> Any:
+    """A `Mailbox` on the driver's machine: Ray would put it on any, and it would be lost with a spot machine."""
+    import ray
 
-    def fit() -> None:
-        try:
-            outcome.set_result(trainer.fit())
-        except BaseException as error:  # handed to the main thread
-            outcome.set_exception(error)
+    here = {NODE_ID_LABEL: ray.get_runtime_context().get_node_id()}  # as Ray Train's own controller
+    return ray.remote(num_cpus=0, label_selector=here)(Mailbox).remote()
 
-    threading.Thread(target=fit, daemon=True).start()
-    return outcome.result()
+
+def _given_up(error: Exception, name: str, run_uri: str, cluster: ClusterConfig) -> UserError:
+    """What is said of a failure that Ray Train does not restart after."""
+    import ray.train
+
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    if isinstance(error, ray.train.WorkerGroupError):
+        return UserError(
+            f"{name} failed on its workers more often than cluster.max_failures = {cluster.max_failures} allows in a "
+            f"row without progress, the last time with: {reason}; mend it, and the same command goes on from the last "
+            "checkpoint"
+        )
+    return UserError(
+        f"Ray Train's controller of {name} failed, on the driver's machine, with: {reason}; see whether {run_uri} can "
+        "be written and this machine has memory left, and the same command goes on from the last checkpoint"
+    )
+
+
+@cache
+def _say_once(text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _on_worker(config: dict[str, Any]) -> None:
@@ -249,12 +257,39 @@ def _on_worker(config: dict[str, Any]) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
         keep_freed_memory()
     context = ray.train.get_context()
-    worker = Worker(context.get_world_rank(), context.get_world_size(), device, mailbox)
+    rank, world = context.get_world_rank(), context.get_world_size()
+    pulse = Pulse(rank, world, mailbox, config["hang_after_s"])
+    worker = RayWorker(rank, world, device, mailbox, config["folder_uri"], pulse)
+    pulse.start()
     try:
-        config["function"](worker, **config["arguments"])
+        function, arguments = ray.get(config["work"])
+        function(worker, **arguments)
+        worker.settle()
+    except RunStopped:
+        ray.get(mailbox.note_stopped.remote())
     except UserError as error:
         ray.get(mailbox.fail.remote(str(error)))
         raise
+    finally:
+        pulse.end()
+
+
+def _torch_config(backend: str) -> TorchConfig:
+    """Ray Train's process group, and on each worker's main thread, where alone it can be done, an ear for SIGTERM."""
+    from ray.train.torch import TorchConfig
+    from ray.train.torch.config import _TorchBackend
+
+    class ListeningBackend(_TorchBackend):
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            super().on_start(worker_group, backend_config)
+            worker_group.execute(listen_for_sigterm)
+
+    class ListeningTorchConfig(TorchConfig):
+        @property
+        def backend_cls(self) -> type[_TorchBackend]:
+            return ListeningBackend
+
+    return ListeningTorchConfig(backend=backend)
 
 
 def keep_freed_memory() -> None:
@@ -268,59 +303,3 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
-
-
-def _mailbox_class() -> Any:
-    import ray
-
-    @ray.remote(num_cpus=0)
-    class Mailbox:
-        """Messages from the workers to the driver, and the first user's mistake that a worker met."""
-
-        def __init__(self) -> None:
-            self.messages: list[dict[str, Any]] = []
-            self.first_failure: str | None = None
-
-        def put(self, message: dict[str, Any]) -> None:
-            self.messages.append(message)
-
-        def drain(self) -> list[dict[str, Any]]:
-            messages, self.messages = self.messages, []
-            return messages
-
-        def fail(self, text: str) -> None:
-            self.first_failure = self.first_failure or text
-
-        def failure(self) -> str | None:
-            return self.first_failure
-
-    return Mailbox
-
-
-@contextmanager
-def _messages(mailbox: Any, on_message: Callable[[dict[str, Any]], None]) -> Iterator[None]:
-    """Hand messages to the driver while the workers run, and the rest of them at the end."""
-    import ray
-
-    done = threading.Event()
-
-    def deliver() -> None:
-        try:
-            messages = ray.get(mailbox.drain.remote())
-        except ray.exceptions.RayError:  # Ray itself is going down: `fit` tells why
-            return
-        for message in messages:
-            on_message(message)
-
-    def poll() -> None:
-        while not done.wait(POLL_MESSAGES_EVERY_S):
-            deliver()
-
-    thread = threading.Thread(target=poll, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-        deliver()

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cluster.checkpoint import MANIFEST_FILE, newest_whole
-from cluster.launch import Worker, keep_freed_memory
+from cluster.launch import keep_freed_memory
+from cluster.snapshots import remove_dead_snapshots
 from cluster.storage import Storage
+from cluster.worker import Worker
 
 CHECKPOINTS = "checkpoints"
 
@@ -27,12 +28,21 @@ class SoloWorker(Worker):
     Args:
         device: `cuda` or `cpu`.
         storage: Where its checkpoints go, below `checkpoints/`.
-        on_report: Called with the metrics and the local folder of each checkpoint once it is kept.
+        on_report: Called with the metrics and the local folder of each checkpoint before it is kept: where this is cut
+            short, the trial goes on from the checkpoint before, and comes by here again.
+        on_kept: Called once it is kept.
     """
 
-    def __init__(self, device: str, storage: Storage, on_report: Callable[[dict[str, Any], Path], None]):
-        super().__init__(rank=0, world=1, device=device, _mailbox=None)
-        self._storage, self._on_report = storage, on_report
+    def __init__(
+        self,
+        device: str,
+        storage: Storage,
+        on_report: Callable[[dict[str, Any], Path], None],
+        on_kept: Callable[[], None] = lambda: None,
+    ):
+        super().__init__(rank=0, world=1, device=device)
+        self._storage, self._on_report, self._on_kept = storage, on_report, on_kept
+        remove_dead_snapshots()
 
     def tell(self, message: dict[str, Any]) -> None:
         """Nobody listens: a trial says what it has to say by its score."""
@@ -40,9 +50,9 @@ class SoloWorker(Worker):
     @contextmanager
     def checkpoint(self) -> Iterator[Path | None]:
         """The newest whole checkpoint as a local folder, or None where there is none."""
-        with tempfile.TemporaryDirectory(prefix="rarelens-trial-") as scratch:
+        with self.snapshot() as scratch:
             for name in sorted(self._names(), reverse=True):
-                folder = Path(scratch) / name
+                folder = scratch / name
                 for stored in self._storage.list(f"{CHECKPOINTS}/{name}/"):
                     self._storage.download(stored.path, folder / stored.path.removeprefix(f"{CHECKPOINTS}/{name}/"))
                 whole = newest_whole([folder])
@@ -53,13 +63,15 @@ class SoloWorker(Worker):
 
     def report(self, metrics: dict[str, float], folder: Path, name: str) -> None:
         """Keep `folder` as the newest checkpoint, its manifest last, and drop the ones before it."""
+        self._on_report(metrics, folder)
+        name = f"{int(metrics['step']):08d}-{name}"  # so that the order of names is that of time
         older = self._names() - {name}
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         for path in sorted(files, key=lambda path: path.name == MANIFEST_FILE):
             self._storage.upload(path, f"{CHECKPOINTS}/{name}/{path.relative_to(folder).as_posix()}")
         for stored in [stored for gone in older for stored in self._storage.list(f"{CHECKPOINTS}/{gone}/")]:
             self._storage.delete(stored.path)
-        self._on_report(metrics, folder)
+        self._on_kept()
 
     def _names(self) -> set[str]:
         return {stored.path.split("/")[1] for stored in self._storage.list(f"{CHECKPOINTS}/")}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,8 +63,8 @@ class Storage(Protocol):
     def delete(self, path: str) -> None:
         """Remove a file; one that is not there is no error."""
 
-    def upload(self, local: Path, path: str) -> None:
-        """Copy a local file into the storage, atomically."""
+    def upload(self, local: Path, path: str, on_bytes: Callable[[int], object] | None = None) -> None:
+        """Copy a local file into the storage, atomically; `on_bytes` is told, on any thread, how many bytes went on."""
 
     def download(self, path: str, local: Path) -> None:
         """Copy a file of the storage to a local path, atomically; the size is checked."""
@@ -133,7 +134,7 @@ def to_pyarrow(uri: str | Path) -> tuple[pyarrow.fs.FileSystem, str]:
     storage = BucketStorage(*rest.partition("/")[::2])
     os.environ.update(worker_environment())
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    retry = pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=8)
+    retry = pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=11)
     endpoint = endpoint_url()
     if endpoint:
         scheme, _, address = endpoint.rstrip("/").partition("://")
@@ -179,6 +180,8 @@ def too_short(uri: str, offset: int, length: int) -> UserError:
 def _split(uri: str | Path) -> tuple[str, str]:
     """`("s3", "bucket/prefix")` or `("file", path)`."""
     found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", str(uri), re.DOTALL)
+    if str(uri).startswith("pipe:"):  # a command, to WebDataset
+        raise UserError("storage pipe:... is not supported, nothing runs a shell; give a folder or s3://bucket/prefix")
     if isinstance(uri, Path) or not found:
         if not str(uri):
             raise UserError("an empty storage URI was given; give a folder or s3://bucket/prefix")
