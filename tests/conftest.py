@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 # A suite that a shell starts in the background ignores Ctrl-C, and so would the processes that the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+TURNS = 6  # `make test-turn` runs a sixth of the long tests
 BUCKET = "rarelens-tests"
 S3_ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "test-key-id",
@@ -24,24 +26,41 @@ S3_ENVIRONMENT = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--turn", type=int, help="of the long tests only a share, another one with each number")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the long tests whose turn it is: every TURNS-th file of them, all of them after TURNS numbers."""
+    turn = config.getoption("--turn")
+    if turn is None:
+        return
+    files = sorted({item.path for item in items if item.get_closest_marker("long")})
+    now = {path for place, path in enumerate(files) if place % TURNS == turn % TURNS}
+    left_out = [item for item in items if item.get_closest_marker("long") and item.path not in now]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
+
+
 @pytest.fixture(scope="session")
 def moto_s3() -> Iterator[str]:
-    """`s3://bucket` on a real HTTP server (moto) on loopback; this process and its children find it by environment."""
+    """`s3://bucket` on a server process (moto) on loopback; this process and its children find it by environment."""
     import boto3
-    from moto.server import ThreadedMotoServer
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
+    command = [sys.executable, str(Path(__file__).with_name("s3_server.py"))]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert server.stdin is not None and server.stdout is not None
+    port = int(server.stdout.readline())
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("AWS_")]:
             patch.delenv(name)
         for name, value in S3_ENVIRONMENT.items():
             patch.setenv(name, value)
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
         boto3.client("s3").create_bucket(Bucket=BUCKET)
         yield f"s3://{BUCKET}"
-    server.stop()
+    server.stdin.close()
+    server.wait()
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import http.client
+import os
 import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -68,6 +70,13 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
         self.connection.shutdown(socket.SHUT_RDWR)
 
+    def reset(self) -> None:
+        """End the connection by RST instead of FIN: what the other side reads next is ECONNRESET."""
+        self.close_connection = True
+        self.wfile.flush()
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # on, 0 seconds
+        os.close(self.connection.detach())  # now: the files of this handler would keep it open
+
     def log_message(self, *_: object) -> None:
         pass
 
@@ -79,14 +88,39 @@ def pass_on(handler: Handler) -> None:
     )
 
 
-def half_a_body(handler: Handler) -> None:
-    answer, body = handler.ask()
-    handler.answer(answer.status, [h for h in answer.getheaders() if h[0] != "Connection"], body[: len(body) // 2])
+def half_a_body(handler: Handler, before_it: Callable[[], object] = lambda: None) -> None:
+    """Half of an answer, which was whole before `before_it` was called."""
+    _answer_half(handler, before_it)
     handler.cut()
+
+
+def half_a_body_and_reset(handler: Handler) -> None:
+    """Half of an answer, then the connection is reset."""
+    _answer_half(handler)
+    handler.reset()
 
 
 def no_answer(handler: Handler) -> None:
     handler.cut()
+
+
+def reset(handler: Handler) -> None:
+    """The connection is reset before a word of an answer."""
+    handler.reset()
+
+
+class Frozen:
+    """No request is answered, none is cut off, until it thaws: then all are."""
+
+    def __init__(self) -> None:
+        self._thawed = threading.Event()
+
+    def __call__(self, handler: Handler) -> None:
+        self._thawed.wait()
+        handler.cut()
+
+    def thaw(self) -> None:
+        self._thawed.set()
 
 
 def lost_answer(handler: Handler) -> None:
@@ -95,12 +129,27 @@ def lost_answer(handler: Handler) -> None:
     handler.cut()
 
 
+DENIED: dict[str, Callable[[Handler], bool]] = {
+    "written": lambda asked: asked.command == "PUT",
+    "read": lambda asked: asked.command == "GET" and "list-type" not in asked.path,
+    "listed": lambda asked: asked.command == "GET" and "list-type" in asked.path,
+    "deleted": lambda asked: asked.command == "DELETE",
+}
+"""Requests of which each permission has to do, by what could not be done without it."""
+
+
 def refusal(status: int, code: str) -> Fault:
     def refuse(handler: Handler) -> None:
         body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>no</Message></Error>".encode()
         handler.answer(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))], body)
 
     return refuse
+
+
+def _answer_half(handler: Handler, before_it: Callable[[], object] = lambda: None) -> None:
+    answer, body = handler.ask()
+    before_it()
+    handler.answer(answer.status, [h for h in answer.getheaders() if h[0] != "Connection"], body[: len(body) // 2])
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 
 import trainer.stage_one
 from cluster.checkpoint import newest_whole
-from cluster.launch import Worker
+from cluster.worker import Worker
 from data_pipeline.loader import Batch, TrainLoader
 from tests.engines import prepare
 from trainer.config import TrainerConfig
@@ -29,28 +29,37 @@ class FolderWorker(Worker):
         rank: Of this process.
         world: Number of processes.
         folder: Of the run.
-        stop_after: Epoch after whose checkpoint the run is interrupted.
+        stop_after: Epoch, or name of the checkpoint, after which the run is interrupted.
     """
 
-    def __init__(self, rank: int, world: int, folder: Path, stop_after: int | None = None):
-        super().__init__(rank, world, "cpu", _mailbox=None)
+    def __init__(self, rank: int, world: int, folder: Path, stop_after: int | str | None = None):
+        super().__init__(rank, world, "cpu")
         self.folder, self.stop_after = folder, stop_after
         self.told: list[dict[str, Any]] = []
 
     def tell(self, message: dict[str, Any]) -> None:
+        again = "again " if message.get("again") else ""
+        message = {**message, "kind": again + message["kind"]}
         self.told.append(json.loads(json.dumps(message)))
+
+    def warn(self, text: str) -> None:
+        self.tell({"kind": "warning", "text": text})
 
     @contextmanager
     def checkpoint(self) -> Iterator[Path | None]:
-        yield newest_whole(sorted(self.folder.glob("epoch-*"), reverse=True))
+        yield newest_whole(sorted(self.folder.glob("*-*"), key=_step_of, reverse=True))
 
     def report(self, metrics: dict[str, float], folder: Path, name: str) -> None:
         import torch.distributed as dist
 
         shutil.copytree(folder, self.folder / name, dirs_exist_ok=True)
         dist.barrier()
-        if metrics["epoch"] == self.stop_after:
+        if self.stop_after in (metrics["epoch"], name):
             raise Interrupted
+
+
+def _step_of(folder: Path) -> int:
+    return int(json.loads((folder / "manifest.json").read_text())["extra"]["step"])
 
 
 def loop(
@@ -58,7 +67,7 @@ def loop(
     world: int,
     config: TrainerConfig,
     folder: Path,
-    stop_after: int | None = None,
+    stop_after: int | str | None = None,
     change: Callable[[Batch, int], None] | None = None,
     start: StartingPoint | None = None,
 ) -> list[dict[str, Any]]:
@@ -69,7 +78,7 @@ def loop(
         world: Number of processes.
         config: The configuration.
         folder: Checkpoints go to `folder / config.run`.
-        stop_after: Epoch after whose checkpoint the run is interrupted.
+        stop_after: Epoch, or name of the checkpoint, after which the run is interrupted.
         change: Called with each batch and its rank before the loop sees it.
         start: What the training goes on from.
     """

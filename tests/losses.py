@@ -9,8 +9,9 @@ import torch
 from torch.nn import functional
 
 from trainer.loss_config import ClassificationConfig, LossConfig
-from trainer.losses import build_metric_loss
-from trainer.losses.base import Pool
+from trainer.losses import CLASSIFICATION_LOSS_CLASSES, METRIC_LOSS_CLASSES, build_metric_loss
+from trainer.losses.base import LossSum, Pool
+from trainer.pool import gather_sizes, global_mean
 
 # Class 3 has a single row, classes 5 to 7 none; the anchors are rows 2 to 10 of the pool.
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2, 3, 4, 4, 0, 8, 8])
@@ -18,15 +19,21 @@ FIRST, LAST = 2, 10
 NUM_CLASSES, DIM = 9, 5
 COUNTS = torch.tensor([100, 50, 30, 2, 20, 1, 1, 0, 10])
 
+METRIC_LOSS_NAMES, CLASSIFICATION_LOSS_NAMES = tuple(METRIC_LOSS_CLASSES), tuple(CLASSIFICATION_LOSS_CLASSES)
+
 COSINE_SCALE = 8.0
 """Of the logits that the classification losses with a margin are given in tests."""
 
-# Every metric loss with settings under which most of its terms are above zero; progress tells PCCT's stages apart.
+# Every metric loss with settings under which most of its terms are above zero, each setting once off its default;
+# progress tells PCCT's stages apart.
 METRIC_CASES: dict[str, tuple[LossConfig, float]] = {
     "supervised_contrastive": (LossConfig(name="supervised_contrastive"), 0.0),
     "supervised_contrastive, cold": (LossConfig(name="supervised_contrastive", temperature=0.02), 0.0),
     "balanced_contrastive": (LossConfig(name="balanced_contrastive"), 0.0),
-    "balanced_contrastive, averaging alone": (LossConfig(name="balanced_contrastive", class_complement=False), 0.0),
+    "balanced_contrastive, averaging alone": (
+        LossConfig(name="balanced_contrastive", class_complement=False, temperature=0.3),
+        0.0,
+    ),
     "batch_hard_triplet": (LossConfig(name="batch_hard_triplet", margin=0.7), 0.0),
     "batch_hard_triplet, negative margin": (LossConfig(name="batch_hard_triplet", margin=-0.5), 0.0),
     "batch_hard_triplet, raw": (LossConfig(name="batch_hard_triplet", margin=5.0, normalise=False), 0.0),
@@ -35,12 +42,17 @@ METRIC_CASES: dict[str, tuple[LossConfig, float]] = {
     "all_triplet, mean of all": (LossConfig(name="all_triplet", margin=0.3, triplet_mean="all"), 0.0),
     "class_centre_triplet": (LossConfig(name="class_centre_triplet", margin=0.7), 0.0),
     "class_centre_triplet, raw": (LossConfig(name="class_centre_triplet", margin=5.0, normalise=False), 0.0),
-    "progressive, triplets": (LossConfig(name="progressive_class_centre_triplet", margin=0.7), 0.4),
+    "progressive, triplets": (LossConfig(name="progressive_class_centre_triplet", margin=0.7, centres_from=0.8), 0.6),
     "progressive, centres": (LossConfig(name="progressive_class_centre_triplet", margin=0.7), 0.6),
     "centre": (LossConfig(name="centre"), 0.0),
     "centre, raw": (LossConfig(name="centre", normalise=False), 0.0),
-    "multi_similarity": (LossConfig(name="multi_similarity", negative_scale=10), 0.0),
-    "proxy_anchor": (LossConfig(name="proxy_anchor", proxy_scale=8), 0.0),
+    "multi_similarity": (
+        LossConfig(
+            name="multi_similarity", positive_scale=3, negative_scale=10, similarity_base=0.3, mining_margin=0.2
+        ),
+        0.0,
+    ),
+    "proxy_anchor": (LossConfig(name="proxy_anchor", proxy_scale=8, proxy_margin=0.3), 0.0),
     "proxy_anchor, paper": (LossConfig(name="proxy_anchor"), 0.0),
 }
 
@@ -80,3 +92,8 @@ def build(config: LossConfig):
 def of_anchors(module, rows, progress=0.0, first=FIRST, last=LAST, labels=LABELS):
     """The loss of the pool's rows `first` to `last`."""
     return module(rows[first:last], labels[first:last], Pool(rows, labels, first), progress)
+
+
+def mean_over_ranks(loss: LossSum) -> torch.Tensor:
+    """What this rank gives to backward, as the objective does. Every rank takes part."""
+    return global_mean(loss, sum(gather_sizes(loss.count, loss.total.device)))

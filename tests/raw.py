@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import struct
 import tarfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -76,6 +78,13 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def hundred_megapixels() -> bytes:
+    """A PNG of less than a hundred bytes whose header says 10,000 x 10,000."""
+    data = encoded(Image.new("RGB", (8, 8)), "PNG")
+    header = b"IHDR" + struct.pack(">II", 10_000, 10_000) + data[24:29]
+    return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
 
 
 def write_tar(path: Path, members: Iterable[tuple[str, bytes]], **header: object) -> Path:

@@ -132,7 +132,19 @@ def test_conflicts_and_unreadable_files_are_counted_by_class(tmp_path):
     values = report.to_json()
     assert values["leaked_share"] == {"test": 1 / 5} and values["clean"] is False
     assert [entry["leaked_share"] for entry in values["classes"]] == [{"test": 0.0}, {"test": 1 / 3}]
-    assert "33.3%" in text(report)
+    assert [entry["conflicts"] for entry in values["classes"]] == [1, 1]
+    assert [entry["unreadable"] for entry in values["classes"]] == [2, 0]
+    columns = report.to_table().columns
+    assert {column.header: tuple(column.cells) for column in columns} == {
+        "class": ("a", "b"),
+        "train samples (groups)": ("2 (2)", "3 (3)"),
+        "test samples (groups)": ("2 (2)", "3 (3)"),
+        "test: group in train": ("0", "0"),
+        "near-duplicate in train": ("0", "1"),
+        "leaked": ("0.0%", "33.3%"),
+        "label conflicts": ("1", "1"),
+        "unreadable": ("2", "0"),
+    }
 
 
 def test_clean_means_nothing_at_all(tmp_path):
@@ -143,6 +155,16 @@ def test_clean_means_nothing_at_all(tmp_path):
     (tmp_path / "two" / "a" / "2.jpg").write_bytes(b"")
     report = audit(str(tmp_path / "one"), str(tmp_path / "two"), progress=False)
     assert not report.leaks and not report.clean
+
+
+def test_a_conflict_within_training_is_no_leak_and_yet_not_clean(tmp_path):
+    pictures = {"Training/a/0": 0, "Training/b/1": 0, "Training/a/2": 2, "Training/b/3": 3, "Testing/a/4": 4}
+    for name, seed in {**pictures, "Testing/b/5": 5}.items():
+        save(tmp_path / f"{name}.jpg", pattern(seed))
+    report = audit(str(tmp_path), progress=False)
+    assert not report.leaks and not report.clean and not report.unreadable
+    assert report.conflicts == 2
+    assert report.first_conflicts == (("Training/a/0.jpg", "a", "Training/b/1.jpg", "b"),)
 
 
 def test_a_medmnist_file_is_looked_at_by_its_own_splits(tmp_path):

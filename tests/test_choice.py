@@ -1,13 +1,15 @@
-"""How the winner is chosen on val: folds by groups, lower bounds, luck."""
+"""How the winner is chosen on val: folds by groups, lower bounds, luck, ties; and results that are not whole."""
 
 import numpy as np
 import pytest
+import torch
 
-from trainer.heads import HeadSpec
+from cluster.errors import UserError
+from trainer.heads import Head, HeadSpec
 from trainer.metrics import balanced_accuracy
 from tuning.choice import Judge, finalists, lower_bound, luck
 from tuning.folds import assign_folds, number_of_folds
-from tuning.results import head_row
+from tuning.results import SearchResult, head_row, rank, read_results, write_results
 
 LABELS = np.repeat([0, 1, 2], [120, 40, 12])
 GROUPS = np.arange(len(LABELS)) // 2
@@ -83,3 +85,27 @@ def test_finalists_come_from_several_families():
     rows = [row(i, "crt", 0.9 - i / 100) for i in range(5)] + [row(5, "lws", 0.5), row(6, "cosine", 0.4)]
     rows.append(head_row(7, HeadSpec("crt"), 0))
     assert [row["head"] for row in finalists(rows, 4)] == [0, 1, 5, 6]
+
+
+class TestResults:
+    def row(self, number, score, f1=0.5, status="done"):
+        row = head_row(number, HeadSpec("tau_norm"), 0)
+        return row | {"status": status, "score": score, "balanced_accuracy": score, "macro_f1": f1, "worst_recall": 0.1}
+
+    def test_ties_go_to_the_other_metrics_and_then_to_the_first(self):
+        rows = [self.row(1, 0.6), self.row(2, 0.7), self.row(3, 0.7, f1=0.6), self.row(4, 0.7, f1=0.6)]
+        assert max(rows, key=rank)["head"] == 3
+        assert max(rows[::-1], key=rank)["head"] == 3
+
+    def test_a_failed_head_never_wins(self):
+        failed = self.row(1, None, status="failed")
+        assert max([failed, self.row(2, 0.0)], key=rank)["head"] == 2
+
+    def test_unfinished_or_damaged_results_are_named(self, tmp_path):
+        with pytest.raises(UserError, match=rf"search {tmp_path} holds no winner.json, so it is not finished; run"):
+            read_results(tmp_path)
+        head = Head(torch.ones(2, 3), torch.zeros(2))
+        write_results(tmp_path, SearchResult([self.row(0, 0.5)], {"tau_norm": head}, "tau_norm", "balanced_accuracy"))
+        (tmp_path / "results.parquet").write_bytes(b"PAR1")
+        with pytest.raises(UserError, match=rf"search {tmp_path} cannot be read \(.+\); delete it and run"):
+            read_results(tmp_path)

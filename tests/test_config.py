@@ -58,7 +58,8 @@ def test_everything_is_frozen_closed_and_every_default_is_allowed():
         ),
         (
             {"data": {"split": {"xyz": 1}}},
-            "unknown key 'data.split.xyz'; known: near_duplicate_bits, test, train, val",
+            "unknown key 'data.split.xyz'; known: fold, folds, near_duplicate_bits, pool_given, test, train, "
+            "train_imbalance, val",
         ),
         (
             {"stage_one": {"loss": {"name": "suprvised_contrastive"}}},
@@ -82,7 +83,7 @@ def test_everything_is_frozen_closed_and_every_default_is_allowed():
         ),
         (
             {"stage_one": {"sampling": {"classes_per_batch": 8}}},
-            "stage_one.sampling: classes_per_batch and samples_per_class go together: set both or neither",
+            "stage_one.sampling: classes_per_batch and samples_per_class go together; set both or neither",
         ),
         (
             {"stage_one": {"loss": {"normalise": False}}},
@@ -90,11 +91,12 @@ def test_everything_is_frozen_closed_and_every_default_is_allowed():
         ),
         ({"data": {"split": {"train": 0.9}}}, "data.split: train + val + test must be 1, not 1.2"),
         ({"cluster": {"workers": 9}}, "cluster.workers = 9 is more than data.streams = 8; raise data.streams"),
-        ({"cluster": {"workers": 0}}, "cluster.workers = 0 must be greater than or equal to 1 or 'auto'"),
-        ({"cluster": {"workers": "aut"}}, "cluster.workers = 'aut' must be a valid integer or 'auto'"),
+        ({"cluster": {"workers": 0}}, "cluster.workers = 0 must be greater than or equal to 1 or a list or 'auto'"),
+        ({"cluster": {"workers": "aut"}}, "cluster.workers = 'aut' must be a valid integer or a list or 'auto'"),
         ({"stage_one": {"epochs": "many"}}, "stage_one.epochs = 'many' must be a valid integer"),
+        ({"cluster": {"workers": [3, 2]}}, "cluster: workers = [3, 2] is [least, most]; swap them"),
         ({"stage_one": 3}, "stage_one = 3 must be a mapping of keys to values"),
-        ({"stage_two": {"space": {"tau": [1]}}}, "stage_two.space.tau.1 is missing"),
+        ({"stage_two": {"space": {"tau": [1]}}}, "stage_two.space.tau.1 is missing; add it"),
         (
             {"stage_two": {"space": {"tau": [1, 2, 3]}}},
             "stage_two.space.tau = [1, 2, 3]: Tuple should have at most 2 items after validation, not 3",
@@ -127,10 +129,11 @@ def test_what_is_said_of_a_wrong_file(tmp_path):
     path = tmp_path / "bad.yaml"
     for content in (b"a: [1", b"\xff\xfe\x00", b"a: b: c"):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=rf"^configuration {path} is not valid YAML: [^\n]+$"):
+        with pytest.raises(UserError, match=rf"^configuration {path} is not valid YAML: [^\n]+; correct that place: "):
             load_config(Config, path)
     path.write_text("- a\n- b\n")
-    with pytest.raises(UserError, match=rf"^configuration {path} must be a mapping of keys to values, not a list$"):
+    told = rf"^configuration {path} must be a mapping of keys to values, not a list; write lines of KEY: VALUE"
+    with pytest.raises(UserError, match=told):
         load_config(Config, path)
     path.write_text("!!python/object/apply:os.system ['touch canary']\n")
     with pytest.raises(UserError, match=rf"^configuration {path} is not valid YAML: could not determine a constructor"):

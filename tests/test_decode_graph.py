@@ -293,6 +293,7 @@ def test_the_same_graph_is_one_for_a_gpu(hue, views):
         assert [name for name, device in found if name not in known[device]] == []
         decoders = {name for name, device in found if device == "mixed"}
         assert decoders == {"decoders__Image" if views == 2 or not augment else "decoders__ImageSlice"}
+        assert sum(op._device == "mixed" for op in operators) == 1  # several views come from one decoding
         on_cpu = {name for name, device in found if device == "cpu"}
         numbers = {"ExternalSource", "Constant", "Cast", "Reshape", "_ArithmeticGenericOp", "_conditional__Split"}
         assert on_cpu <= numbers

@@ -108,6 +108,15 @@ def test_signed_values_and_a_falling_slope_are_windowed_by_the_standards_formula
     np.testing.assert_array_equal(shown(made), np.rint(y))
 
 
+@pytest.mark.parametrize("kind, center, width", [(np.uint8, 100, 50), (np.uint16, 30_000, 20_000)])
+def test_monochrome1_is_turned_round_behind_its_window(kind, center, width):
+    values = np.linspace(0, np.iinfo(kind).max, 240).astype(kind).reshape(12, 20)
+    window = {"WindowCenter": center, "WindowWidth": width}
+    turned = shown(dataset(values, photometric="MONOCHROME1", **window))
+    difference = np.abs(turned - (255 - by_pydicom(dataset(values, **window))))
+    assert difference.max() <= 1 and (difference > 0).mean() < 0.02 and np.ptp(turned) == 255
+
+
 def test_of_several_windows_the_first_is_taken():
     made = dataset(RAMP_12, 12, WindowCenter=[300, 2000], WindowWidth=[200, 4000])
     one = dataset(RAMP_12, 12, WindowCenter=300, WindowWidth=200)

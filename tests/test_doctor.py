@@ -7,9 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from typer.testing import CliRunner
 
+import rarelens
 from cluster import doctor, probes
+from cluster.config import ClusterConfig, parse_config
 from cluster.doctor import Finding, examine, render
+from cluster.storage import open_storage
+from tests.faulty_s3 import DENIED, pass_on, proxy_to, refusal
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,7 +31,8 @@ def here(tmp_path_factory):
     (folder / "images").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
-        findings = examine(str(folder / "runs" / "new"), [str(folder / "images")], 1)
+        cluster = ClusterConfig(workers=1, device="cpu")
+        findings = examine(str(folder / "runs" / "new"), [str(folder / "images")], cluster)
     return folder, by_name(findings)
 
 
@@ -69,7 +76,7 @@ def test_what_a_run_lacks_is_told_with_the_remedy(monkeypatch, tmp_path, moto_s3
     (tmp_path / "file").touch()
     cores = len(os.sched_getaffinity(0))
     lacking = [str(tmp_path / "none"), f"{moto_s3}/none.safetensors"]
-    found = by_name(examine(str(tmp_path / "file"), lacking, cores + 1))
+    found = by_name(examine(str(tmp_path / "file"), lacking, ClusterConfig(workers=cores + 1)))
     assert found["storage"] == Finding(
         "storage", False, f"{tmp_path}/file is a file where a folder is needed", "move it or choose another folder"
     )
@@ -80,23 +87,109 @@ def test_what_a_run_lacks_is_told_with_the_remedy(monkeypatch, tmp_path, moto_s3
     )
 
 
+GPUS = "NVIDIA L4 (22 GiB), NVIDIA L4 (22 GiB)"
+
+
+@pytest.mark.parametrize(
+    "gpus, settings, ok, what, remedy",
+    [
+        (None, {"workers": 4, "cpus_per_worker": 0.5}, True, "4 on 2 cores, of which each takes 0.5", "at most 4"),
+        (None, {"workers": 5, "cpus_per_worker": 0.5}, False, "5 on 2 cores, of which each takes 0.5", "at most 4"),
+        (None, {"workers": 2, "cpus_per_worker": 2}, False, "2 on 2 cores, of which each takes 2", "at most 1"),
+        (None, {"workers": [2, 8]}, True, "2 on 2 cores", "at most 2"),
+        (None, {"workers": [3, 8]}, False, "3 on 2 cores", "at most 2"),
+        (None, {"device": "cuda"}, False, "auto with cluster.device = cuda, and no GPU is seen", "device=cpu"),
+        (GPUS, {"device": "cuda", "workers": 2}, True, "2 on 2 GPUs", "at most 2"),
+        (GPUS, {"workers": 3}, False, "3 on 2 GPUs", "at most 2"),
+        (GPUS, {"workers": 3, "device": "cpu"}, False, "3 on 2 cores", "at most 2"),
+        (GPUS, {}, True, "auto on 2 GPUs", "at most 2"),
+    ],
+)
+def test_workers_are_held_against_what_they_run_on(monkeypatch, gpus, settings, ok, what, remedy):
+    """As Ray gives them room: a GPU each, or their share of the cores."""
+    fast(monkeypatch)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(doctor, "_PROBE_REMEDIES", {"GPU": "mend it"})
+    monkeypatch.setitem(probes.PROBES, "GPU", f"print({gpus or 'none: training runs on the CPU'!r})")
+    found = by_name(examine(cluster=parse_config(ClusterConfig, settings, "test")))["workers"]
+    assert (found.ok, found.what) == (ok, what) and remedy in found.remedy
+
+
+class TestCommand:
+    """`rarelens doctor`: what is looked at, by what the configuration says."""
+
+    @pytest.fixture
+    def asked(self, monkeypatch):
+        """What the doctor was told to look at; it finds what `findings` holds."""
+        looked: dict = {"findings": [Finding("disk", True, "enough")]}
+
+        def examine(**needs):
+            looked["needs"] = needs
+            return looked["findings"]
+
+        monkeypatch.setattr(doctor, "examine", examine)
+        return looked
+
+    def doctor(self, *arguments):
+        return CliRunner().invoke(rarelens.app, ["doctor", *map(str, arguments)], catch_exceptions=False)
+
+    def test_its_status_is_that_of_the_findings(self, asked):
+        done = self.doctor()
+        assert done.exit_code == 0 and asked["needs"] == {} and "everything is there" in done.output
+        asked["findings"] = [*asked["findings"], Finding("ninja", False, "none found", "pip install ninja")]
+        done = self.doctor()
+        assert done.exit_code == 1 and "pip install ninja" in done.output
+
+    def test_a_configuration_says_what_is_needed_and_settings_are_laid_over_it(self, asked, tmp_path):
+        values = {"run": "s3://bucket/x", "source": {"path": "pictures"}, "model": {"weights": "start.safetensors"}}
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+        assert self.doctor(tmp_path / "run.yaml").exit_code == 0
+        expected = {"storage_uri": "s3://bucket/x", "paths": ["pictures", "start.safetensors"], "extras": []}
+        assert asked["needs"] == {**expected, "cluster": ClusterConfig()}
+        laid_over = ("model.weights=timm", "source.path=shards-{000..009}.tar", "tracking.mlflow=true", "run=here")
+        self.doctor(tmp_path / "run.yaml", *laid_over, "cluster.workers=[2, 8]", "cluster.device=cuda")
+        expected = {"storage_uri": "here", "paths": [], "extras": ["mlflow"]}
+        assert asked["needs"] == {**expected, "cluster": ClusterConfig(workers=(2, 8), device="cuda")}
+
+    def test_what_is_packed_already_is_looked_for_where_no_source_is(self, asked, tmp_path):
+        (tmp_path / "run.yaml").write_text("data: {packed: s3://bucket/packed}")
+        self.doctor(tmp_path / "run.yaml")
+        assert asked["needs"]["paths"] == ["s3://bucket/packed/dataset.json"]
+        self.doctor(tmp_path / "run.yaml", "source.path=pictures")
+        assert asked["needs"]["paths"] == ["pictures"]
+
+    def test_a_configuration_may_lie_in_a_bucket(self, asked, moto_s3):
+        open_storage(f"{moto_s3}/configs").write("run.yaml", b"source: {path: pictures}")
+        self.doctor(f"{moto_s3}/configs/run.yaml", "run=here")
+        assert asked["needs"]["paths"] == ["pictures"] and asked["needs"]["storage_uri"] == "here"
+
+
 def test_a_bucket_is_tried(monkeypatch, moto_s3):
     fast(monkeypatch)
-    found = by_name(examine(f"{moto_s3}/doctor", workers="auto"))
+    found = by_name(examine(f"{moto_s3}/doctor", cluster=ClusterConfig()))
     assert found["storage"].ok and found["workers"].ok
     found = by_name(examine("s3://no-such-bucket/x"))
     assert not found["storage"].ok
     assert found["storage"].what.startswith("bucket 'no-such-bucket' of s3://no-such-bucket/x/probe-")
     assert found["storage"].remedy == "make it first or correct the name"
-    from cluster.storage import open_storage
-
     assert open_storage(f"{moto_s3}/doctor").list() == []
+
+
+@pytest.mark.parametrize("denied", DENIED)
+def test_a_bucket_that_refuses_one_operation_is_found(monkeypatch, moto_s3, denied):
+    fast(monkeypatch)
+    refuse = refusal(403, "AccessDenied")
+    with proxy_to(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        assert by_name(examine(f"{moto_s3}/doctor"))["storage"].ok
+        proxy.rule = lambda asked: (refuse if DENIED[denied](asked) else pass_on)(asked)
+        found = by_name(examine(f"{moto_s3}/doctor"))["storage"]
+    assert not found.ok and "is denied (AccessDenied)" in found.what
+    assert "s3:GetObject, s3:PutObject, s3:DeleteObject and s3:ListBucket" in found.remedy
 
 
 def test_a_weight_file_and_a_folder_in_a_bucket_are_found(monkeypatch, moto_s3):
     fast(monkeypatch)
-    from cluster.storage import open_storage
-
     open_storage(f"{moto_s3}/things").write("weights.safetensors", b"x")
     found = by_name(examine(paths=[f"{moto_s3}/things/weights.safetensors", f"{moto_s3}/things", f"{moto_s3}/thing"]))
     assert [found[f"{moto_s3}/{name}"].ok for name in ("things/weights.safetensors", "things", "thing")] == [
@@ -142,11 +235,16 @@ def test_packages_are_held_against_the_projects_own_bounds(tmp_path):
     installed(tmp_path, "nvidia_dali_cuda120", "2.4")
     script = (
         "import dataclasses, json, sys; sys.path.insert(0, sys.argv[1]); from cluster.doctor import _packages\n"
-        "print(json.dumps([dataclasses.asdict(finding) for finding in _packages()]))"
+        "print(json.dumps([dataclasses.asdict(finding) for finding in _packages(sys.argv[2:])]))"
     )
-    command = [sys.executable, "-c", script, str(tmp_path)]
-    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert [Finding(**values) for values in json.loads(output)] == [
+
+    def found(*extras: str) -> list[Finding]:
+        command = [sys.executable, "-c", script, str(tmp_path), *extras]
+        output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        return [Finding(**values) for values in json.loads(output)]
+
+    assert found("test")[-1] == Finding("dd", False, "not installed", "pip install 'dd'")
+    assert found() == [
         Finding("aa", True, "2.0", "pip install 'aa>=2'"),
         Finding("bb", False, "3.0, but !=3.0,>=2 is needed", "pip install 'bb!=3.0,>=2'"),
         Finding("cc", False, "not installed", "pip install 'cc'"),
@@ -183,7 +281,7 @@ def test_an_unforeseen_failure_is_a_finding(monkeypatch):
 def test_a_cluster_that_is_not_there_is_told(monkeypatch):
     fast(monkeypatch)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
-    found = by_name(examine(workers=1000))
+    found = by_name(examine(cluster=ClusterConfig(workers=1000)))
     assert not found["Ray cluster"].ok and "127.0.0.1:9 cannot be reached: " in found["Ray cluster"].what
     assert "ray up ray_cluster.yaml" in found["Ray cluster"].remedy
     assert "workers" not in found  # a cluster may grow

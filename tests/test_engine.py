@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from cluster.errors import UserError
-from tests.engines import BATCH, Proxies, images_and_labels, prepare, stage, tiny_model
+from tests.engines import Proxies, images_and_labels, prepare, stage, tiny_model
 from tests.gloo import run_gloo
-from trainer.engine import Engine, build_optimiser, deepspeed_settings, parameter_groups
+from trainer.engine import Engine
 
 STEPS = 4
 LR = [3e-3, 2e-3, 1e-3, 4e-3]
@@ -37,12 +37,17 @@ def on_one_rank(rank, world, folder):
         "low_precision": low_precision(rank, world, folder),
         "recompute": recompute(rank, world),
         "refused": refused(world),
+        "compiled": [compiled(choice) for choice in (False, True)],
     }
 
 
 def on_two_ranks(rank, world, folder):
     prepare(rank, world)
-    return {"zero_stages": all_zero_stages(rank, world, folder), "poisoned": poisoned(rank, world)}
+    return {
+        "zero_stages": all_zero_stages(rank, world, folder),
+        "poisoned": poisoned(rank, world),
+        "clipped": clipped(rank, world),
+    }
 
 
 def loss_of(output, labels, proxies):
@@ -128,12 +133,23 @@ def test_every_zero_stage_gives_the_weights_of_a_plain_loop_and_goes_on_from_its
         assert results[2][0].keys() == expected.keys()
 
 
+# Adam and RMSprop divide a gradient by its own size: eps keeps rounding in one that is all but 0 from becoming a step.
+EPS = 1e-3
 OPTIMISERS = {
-    "adamw": ({"options": {"betas": [0.8, 0.9]}}, lambda g: torch.optim.AdamW(g, betas=(0.8, 0.9))),
+    "adamw": (
+        {"options": {"betas": [0.8, 0.9], "eps": EPS}},
+        lambda g: torch.optim.AdamW(g, betas=(0.8, 0.9), eps=EPS),
+    ),
     "sgd": ({"momentum": 0.5}, lambda g: torch.optim.SGD(g, momentum=0.5, nesterov=True)),
     "lamb": ({}, lambda g: __import__("timm.optim").optim.Lamb(g, max_grad_norm=None)),
-    "adam": ({"type": "Adam", "params": {"torch_adam": True, "adam_w_mode": False}}, torch.optim.Adam),
-    "rmsprop": ({"type": "RMSprop", "params": {"alpha": 0.9}}, lambda g: torch.optim.RMSprop(g, alpha=0.9)),
+    "adam": (
+        {"type": "Adam", "params": {"torch_adam": True, "adam_w_mode": False, "eps": EPS}},
+        lambda g: torch.optim.Adam(g, eps=EPS),
+    ),
+    "rmsprop": (
+        {"type": "RMSprop", "params": {"alpha": 0.9, "eps": EPS}},
+        lambda g: torch.optim.RMSprop(g, alpha=0.9, eps=EPS),
+    ),
 }
 
 
@@ -164,6 +180,34 @@ def test_every_optimiser_is_torchs_own_with_clipping_and_without(one_rank):
             torch.testing.assert_close(weights[key], tensor, rtol=1e-4, atol=1e-5, msg=f"{name} {key}")
 
 
+def clipped(rank, world):
+    """Under SGD, since Adam forgives a gradient that is too large."""
+    results = {}
+    for zero_stage in (0, 1, 2, 3):
+        engine, proxies = new_engine(stage(zero_stage=zero_stage, optimiser=CLIPPED), world)
+        norms = steps_of(engine, proxies, rank, world, range(2))
+        results[zero_stage] = engine.weights(), norms
+    return results
+
+
+CLIPPED = {"name": "sgd", "clip_norm": 0.5}
+
+
+def nesterov(groups):
+    return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
+
+
+def test_every_zero_stage_clips_the_norm_over_all_ranks(two_ranks):
+    config = stage(optimiser=CLIPPED)
+    expected, _, expected_norms = plain_loop(config, 2, nesterov, clip=0.5)
+    unclipped, _, _ = plain_loop(config, 2, nesterov)
+    for zero_stage, (weights, norms) in two_ranks[0]["clipped"].items():
+        assert norms == pytest.approx(expected_norms, rel=1e-3), zero_stage  # before clipping
+        for name, tensor in expected.items():
+            torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=1e-5, msg=f"{zero_stage} {name}")
+    assert any((unclipped[name] - tensor).abs().max() > 1e-3 for name, tensor in expected.items())
+
+
 def low_precision(rank, world, folder):
     results = {}
     for precision, zero_stage in [("bf16", 0), ("bf16", 2), ("bf16", 3), ("fp16", 0), ("fp16", 1), ("fp16", 3)]:
@@ -172,7 +216,7 @@ def low_precision(rank, world, folder):
         images, _ = images_and_labels(0, rank, world)
         dtypes = {tensor.dtype for tensor in engine(images)}
         scales = [engine.loss_scale]
-        steps_of(engine, proxies, rank, world, range(2))
+        norms = steps_of(engine, proxies, rank, world, range(2))
         # One overflow: half the loss scale, no update, and the next step as if nothing had been.
         before = engine.weights()
         if precision == "fp16":
@@ -190,15 +234,16 @@ def low_precision(rank, world, folder):
         scales.append(again.loss_scale)
         steps_of(again, more_proxies, rank, world, range(2, STEPS))
         resumed = again.weights()
-        results[precision, zero_stage] = engine.weights(), resumed, dtypes, scales
+        results[precision, zero_stage] = engine.weights(), resumed, dtypes, scales, norms
     return results
 
 
 def test_low_precision_is_autocast_with_weights_in_float32_and_a_loss_scale_for_fp16(one_rank):
     results = one_rank[0]["low_precision"]
-    for (precision, zero_stage), (weights, resumed, dtypes, scales) in results.items():
+    for (precision, zero_stage), (weights, resumed, dtypes, scales, norms) in results.items():
         autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        expected, _, _ = plain_loop(stage(), autocast=autocast, scale=scales[-1] or 1.0)
+        expected, _, expected_norms = plain_loop(stage(), autocast=autocast, scale=scales[-1] or 1.0)
+        assert norms == pytest.approx(expected_norms[:2], rel=0.02), (precision, zero_stage)  # without the loss scale
         assert autocast in dtypes and torch.float32 in dtypes
         for name, tensor in expected.items():
             assert weights[name].dtype == tensor.dtype
@@ -251,8 +296,17 @@ def test_recomputed_activations_change_nothing_batch_norm_statistics_included(on
     plain, recomputed = one_rank[0]["recompute"]
     assert any("running_mean" in name for name in plain)
     for name, tensor in plain.items():
-        if "num_batches" not in name:  # a counter that nothing reads
-            torch.testing.assert_close(recomputed[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+        torch.testing.assert_close(recomputed[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def compiled(choice):
+    """Whether torch would compile the backbone at its first call; `test_stage_one_loop.py` lets it, in a long test."""
+    engine = Engine(tiny_model(), stage(compile=choice), 1, "cpu")
+    return engine.model.backbone._compiled_call_impl is not None
+
+
+def test_the_backbone_is_compiled_on_request(one_rank):
+    assert one_rank[0]["compiled"] == [False, True]
 
 
 def refused(world):
@@ -268,75 +322,3 @@ def test_what_deepspeed_refuses_is_told_with_its_reason(one_rank):
         r"CPU.*\); change or leave out what it names$"
     )
     assert re.match(message, one_rank[0]["refused"])
-
-
-def test_options_that_the_optimiser_does_not_know_are_named():
-    message = r"^stage_one.optimiser.options = \{'beta': 1\} do not suit adamw \(.*'beta'\); give arguments of that"
-    with pytest.raises(UserError, match=message):
-        build_optimiser(
-            [{"params": [nn.Parameter(torch.zeros(1))]}], stage(optimiser={"options": {"beta": 1}}).optimiser
-        )
-
-
-def test_the_raw_section_is_merged_last():
-    raw = {"zero_optimization": {"overlap_comm": False}, "gradient_clipping": 2.0, "comms_logger": {"enabled": True}}
-    config = stage(zero_stage=3, deepspeed=raw, optimiser={"clip_norm": 1.0})
-    settings = deepspeed_settings(config, world=3)
-    assert settings["zero_optimization"] == {"stage": 3, "overlap_comm": False}
-    assert settings["gradient_clipping"] == 2.0 and settings["comms_logger"] == {"enabled": True}
-    assert settings["train_micro_batch_size_per_gpu"] == BATCH // 3
-    assert deepspeed_settings(stage(), 1)["zero_optimization"] == {"stage": 0}
-    raw = {"optimizer": {"type": "NAdam", "params": {"lr": 1.0, "momentum_decay": 0.1}}}
-    config = stage(optimiser={"name": "deepspeed"}, deepspeed=raw)
-    assert deepspeed_settings(config, 1)["optimizer"] == raw["optimizer"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"ema_decay": 0.9, "zero_stage": 3}, "ema_decay = 0.9 needs the whole weights on every worker and zero_stage"),
-        (
-            {"optimiser": {"name": "lamb"}, "zero_stage": 2},
-            "optimiser.name = 'lamb' scales each layer by its own norm and zero_stage = 2 flattens the layers into "
-            "one; set zero_stage: 0",
-        ),
-        (
-            {"optimiser": {"name": "deepspeed"}},
-            "optimiser.name = 'deepspeed' and deepspeed.optimizer = None do not go together; set optimiser.name",
-        ),
-        (
-            {"deepspeed": {"optimizer": {"type": "Lion"}}},
-            "optimiser.name = 'adamw' and deepspeed.optimizer = {'type': 'Lion'} do not go together",
-        ),
-        (
-            {"deepspeed": {"zero_optimization": {"stage": 3}}},
-            "deepspeed.zero_optimization.stage is for this program to set; set stage_one.zero_stage instead",
-        ),
-        (
-            {"deepspeed": {"gradient_accumulation_steps": 2}},
-            "deepspeed.gradient_accumulation_steps is for this program to set; set stage_one.micro_batch_size instead",
-        ),
-        (
-            {"deepspeed": {"bf16": {"enabled": True}}},
-            "deepspeed.bf16.enabled is for this program to set; set stage_one.precision instead",
-        ),
-        (
-            {"optimiser": {"schedule": "multi_step"}},
-            "schedule = 'multi_step' and milestones_epochs = [] do not go together; milestones are what multi_step",
-        ),
-    ],
-)
-def test_settings_that_contradict_each_other(changes, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        stage(**changes)
-
-
-def test_biases_norms_and_the_losss_own_parameters_are_not_decayed():
-    from trainer.engine import TrainedNetwork
-
-    network = TrainedNetwork(tiny_model(), Proxies(), None, "cpu")
-    groups = parameter_groups(network, stage())
-    assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.0]
-    assert all(p.ndim > 1 for p in groups[0]["params"]) and all(p.ndim == 1 for p in groups[1]["params"])
-    assert groups[2]["params"] == list(network.of_loss)
-    assert sum(len(group["params"]) for group in groups) == len(list(network.parameters()))

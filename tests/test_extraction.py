@@ -1,14 +1,19 @@
 """Extraction: a split's images through the backbone, in one view or several, by any number of workers."""
 
 import logging
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 import trainer.extraction
 from cluster.errors import UserError
 from cluster.run import RunFolder
+from cluster.worker import Worker
 from data_pipeline.config import AugmentConfig, DataConfig
 from data_pipeline.passes import augmented_batches, evaluation_batches
 from tests.packed import write_packed
@@ -59,7 +64,7 @@ def test_parts_of_three_workers_make_the_whole(model, tmp_path):
     (alone,) = parts(model, dataset)
     for rank, part in enumerate(parts(model, dataset, world=3)):
         write_part(tmp_path, "val", rank, part)
-    write_manifest(tmp_path, backbone="b", checkpoint_sha256="", dim=alone.x.shape[1], rows={"val": 10}, parts=3)
+    write_manifest(tmp_path, backbone="b", checkpoint_sha256="none", dim=alone.x.shape[1], rows={"val": 10}, parts=3)
     joined = read_features(tmp_path, "val")
     assert np.array_equal(joined.keys, alone.keys)
     assert np.allclose(joined.x, alone.x, atol=2e-3, rtol=2e-3)
@@ -78,7 +83,7 @@ def test_a_damaged_image_is_left_out(model, tmp_path, caplog):
         (features,) = parts(model, dataset, config=config_of(data=DATA.model_copy(update={"max_damaged": 1})))
     assert len(features) == 9 and "val_1_1" not in features.keys and "val_1_1" in caplog.text
     write_part(tmp_path, "val", 0, features)
-    write_manifest(tmp_path, backbone="b", checkpoint_sha256="", dim=model.feature_dim, rows={"val": 10}, parts=1)
+    write_manifest(tmp_path, backbone="b", checkpoint_sha256="none", dim=model.feature_dim, rows={"val": 10}, parts=1)
     assert np.array_equal(read_features(tmp_path, "val").keys, features.keys)
 
 
@@ -123,7 +128,7 @@ class TestViews:
             write_part(tmp_path, "train", rank, part)
         dim = alone.x.shape[1]
         write_manifest(
-            tmp_path, backbone="b", checkpoint_sha256="", dim=dim, rows={"train": 13}, parts=2, views={"train": 3}
+            tmp_path, backbone="b", checkpoint_sha256="none", dim=dim, rows={"train": 13}, parts=2, views={"train": 3}
         )
         joined = read_features(tmp_path, "train")
         assert np.array_equal(joined.keys, alone.keys) and np.array_equal(joined.labels, alone.labels)
@@ -167,6 +172,8 @@ def test_features_are_kept_until_something_that_decides_them_changes(ray_session
     train, val = read_features(folder, "train"), read_features(folder, "val")
     (alone,) = parts(model, dataset, "train", config=config)
     assert (train.views, len(train), val.views, len(val)) == (2, 13, 1, 10)
+    made = [len(pa.ipc.open_file(str(folder / f"train-{rank:03d}.arrow")).read_all()) for rank in range(2)]
+    assert read_manifest(folder)["parts"] == 2 and sum(made) == 26 and min(made) > 8  # both workers made them
     assert np.allclose(train.x, alone.x, atol=2e-3, rtol=2e-3)
     assert read_manifest(folder)["made_with"]["augment"]["scale_min"] == 0.4
 
@@ -206,3 +213,37 @@ def test_with_one_view_the_augmentation_decides_nothing(tmp_path):
     assert trainer.extraction.made_with(views, dataset, ("test",)) == trainer.extraction.made_with(
         plain, dataset, ("test",)
     )
+
+
+def test_after_a_restart_with_fewer_workers_theirs_are_the_parts(model, tmp_path, monkeypatch):
+    """Two workers make train and one of them val; then one is left, which makes everything anew."""
+    dataset = write_packed(tmp_path / "packed", COUNTS)
+    run, counted = RunFolder(str(tmp_path / "run")), []
+    config = config_of(run=run.uri)
+    run.write_json("stage_one/result.json", {"checkpoint": "stage_one/epoch-0000"})
+    run.path(f"stage_one/epoch-0000/{WEIGHTS_FILE}").write_bytes(b"weights")
+    monkeypatch.setattr(trainer.extraction, "fetch_checkpoint", lambda run, path: run.path(path))
+    monkeypatch.setattr(trainer.extraction, "load_classifier", lambda *given: model)
+    monkeypatch.setattr(trainer.extraction.dist, "all_gather_object", lambda rows, own: None)
+    monkeypatch.setattr(trainer.extraction, "check_left_out", lambda *given: None)
+
+    def workers(work, arguments, *, on_message, **given):
+        for rank, world, splits in ((0, 2, ("train", "val")), (1, 2, ("train",)), (0, 1, ("train", "val"))):
+            worker = Worker(rank, world, "cpu")
+            worker.tell = on_message
+            (of_run, checkpoint), *_ = arguments["wanted"]
+            work(worker, **{**arguments, "wanted": [(replace(of_run, splits=splits), checkpoint)]})
+
+    @contextmanager
+    def bar(title, total):
+        assert total == 23
+        yield SimpleNamespace(update=counted.append)
+
+    monkeypatch.setattr(trainer.extraction, "run_workers", workers)
+    monkeypatch.setattr(trainer.extraction, "progress_bar", bar)
+    (folder,) = extract_features(config, dataset, run, trainer.extraction.TRAIN_AND_VAL)
+    assert read_manifest(folder)["parts"] == 1 and counted[-2:] == [13, 23] and max(counted) <= 23
+    for split, number in (("train", 13), ("val", 10)):
+        (alone,) = parts(model, dataset, split)
+        seen = read_features(folder, split)
+        assert len(seen) == number and np.array_equal(seen.x, alone.x)

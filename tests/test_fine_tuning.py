@@ -180,9 +180,9 @@ class TestRun:
         assert "fine-tuned, " in told and choice["says"] in told
 
     def test_the_report_tells_why(self, job, choice, metrics):
-        page = report_run(job.config, job.dataset, job.run).read_text()
+        page = report_run(job.config, job.run).read_text()
         assert "Fine-tuning the last block from" in page and "fine-tuned, " in page
-        assert report_inputs(job.config, job.dataset, job.run).winner == metrics["model"]
+        assert report_inputs(job.config, job.run).winner == metrics["model"]
 
     def test_if_it_is_better_it_becomes_the_model(self, job, metrics):
         """The same run with the choice turned the other way."""

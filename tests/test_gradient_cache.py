@@ -13,11 +13,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests.gloo import run_gloo
-from tests.losses import DIM, LABELS, METRIC_CASES, NUM_CLASSES, build
+from tests.losses import DIM, LABELS, METRIC_CASES, NUM_CLASSES, build, mean_over_ranks
 from trainer.batch_norm import statistics_held, synchronise_batch_norm
 from trainer.gradient_cache import cached_forward
 from trainer.losses.classification import cross_entropy
-from trainer.pool import gather_pool, global_mean
+from trainer.pool import gather_pool
 
 IN_DIM = 5
 UNEVEN = {2: (4, 8), 3: (3, 2, 7)}
@@ -48,8 +48,8 @@ class TinyModel(nn.Module):
 
     def loss(self, output, labels):
         pool = gather_pool(output.embeddings, labels)
-        metric = global_mean(self.metric_loss(output.embeddings, labels, pool, self.progress))
-        return global_mean(cross_entropy(output.logits, labels)) + 0.5 * metric
+        metric = mean_over_ranks(self.metric_loss(output.embeddings, labels, pool, self.progress))
+        return mean_over_ranks(cross_entropy(output.logits, labels)) + 0.5 * metric
 
 
 def images_of(sizes=(12,), rank=0):

@@ -8,6 +8,7 @@ from sklearn.neighbors import NearestCentroid
 from cluster.errors import UserError
 from trainer.closed_forms import fit_temperature, log_prior, logit_adjustment, nearest_class_mean, tau_norm
 from trainer.heads import Head, HeadSpec, load_heads, parse_heads, save_heads
+from trainer.stage_two import train_heads
 
 NUM_CLASSES, DIM = 4, 6
 
@@ -90,6 +91,31 @@ class TestLogitAdjustmentOnAMixture:
         assert self.balanced_error(logit_adjustment(self.plain(), self.counts, -1.0)) > nothing + 0.01
         assert self.balanced_error(logit_adjustment(self.plain(), self.counts, 1.0)) < nothing - 0.1
 
+    @pytest.fixture(scope="class")
+    def trained(self):
+        """By tau, the balanced error of a logit-adjusted loss on samples of the mixture; None = plain cross-entropy."""
+        labels = np.repeat(np.arange(3), self.counts)
+        x = self.means[labels] + np.random.default_rng(0).normal(size=len(labels))
+        settings = {"lr": 5.0, "epochs": 15, "weight_decay": 0.0}
+        specs = [HeadSpec("logit_adjusted", tau=tau, **settings) for tau in (1.0, -1.0)]
+        specs += [HeadSpec("balanced_softmax", **settings), HeadSpec("crt", power=1.0, **settings)]
+        nothing = Head(torch.zeros(3, 1), torch.zeros(3))
+        heads = train_heads(specs, x[:, None].astype(np.float32), labels, self.counts, nothing)
+        errors = [self.balanced_error(Head(head.weight.double(), head.bias.double())) for head in heads]
+        return dict(zip((1.0, -1.0, "balanced softmax", None), errors, strict=True))
+
+    def test_a_loss_that_is_adjusted_learns_the_balanced_bayes_rule(self, trained):
+        assert trained[1.0] == pytest.approx(self.balanced_error(self.balanced()), abs=0.01)
+        assert trained["balanced softmax"] == pytest.approx(trained[1.0], abs=1e-6)
+        assert trained[None] == pytest.approx(self.balanced_error(self.plain()), abs=0.04)  # 100 of the rarest
+
+    def test_the_loss_s_wrong_sign_is_worse_than_doing_nothing(self, trained):
+        assert trained[-1.0] > trained[None] + 0.05 and trained[1.0] < trained[None] - 0.1
+
+    def balanced(self) -> Head:
+        """Bayes' rule under equal priors."""
+        return Head(torch.from_numpy(self.means)[:, None], torch.from_numpy(-0.5 * self.means**2))
+
     def test_tau_zero_is_the_classifier_itself(self):
         head = logit_adjustment(self.plain(), self.counts, 0.0)
         assert torch.equal(head.weight, self.plain().weight) and torch.equal(head.bias, self.plain().bias)
@@ -137,6 +163,14 @@ def test_temperature_minimises_the_nll(true_temperature):
     grid = np.geomspace(fitted / 3, fitted * 3, 2001)  # its middle is the fitted one
     best = grid[np.argmin([_nll(logits, labels, t) for t in grid])]
     assert best == pytest.approx(fitted, rel=2e-3)
+
+
+def test_temperature_does_not_depend_on_how_many_rows_are_looked_at_at_once(monkeypatch):
+    rng = torch.Generator().manual_seed(4)
+    logits, labels = torch.randn(100, NUM_CLASSES, generator=rng), torch.randint(0, NUM_CLASSES, (100,), generator=rng)
+    whole = fit_temperature(logits, labels)
+    monkeypatch.setattr("trainer.closed_forms._CHUNK_BYTES", 8 * NUM_CLASSES * 7)
+    assert fit_temperature(logits, labels) == pytest.approx(whole, rel=1e-9)
 
 
 def test_temperature_stays_within_its_bounds():

@@ -62,6 +62,18 @@ def test_batches_are_what_the_stream_says(make_loader, dataset):
     assert loader.wait_s > 0
 
 
+def test_the_tail_is_held_in_memory(tmp_path, make_loader, dataset):
+    """Once the loader is there, its tail shards are not needed any more."""
+    same = write_packed(tmp_path, COUNTS, tail_classes=[2], samples_per_shard=6)
+    loader = make_loader(dataset=same)
+    tails = list((tmp_path / "train").glob("tail-*.tar"))
+    for tail in tails:
+        tail.unlink()
+    assert tails
+    for batch, other in zip(loader.epoch(0), make_loader().epoch(0), strict=True):
+        assert batch.keys == other.keys and torch.equal(batch.images, other.images)
+
+
 def test_a_schedule_over_epochs_reaches_the_batches(make_loader, dataset):
     sampling = SamplingConfig(power=1.0, power_last=0.0)
     loader, stream = make_loader(sampling=sampling, epochs=3), stream_of(dataset, sampling, epochs=3)

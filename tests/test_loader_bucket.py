@@ -8,6 +8,7 @@ import torch
 
 from cluster.errors import UserError
 from data_pipeline.config import AugmentConfig, DataConfig
+from data_pipeline.dataset import open_dataset
 from data_pipeline.passes import evaluation_batches
 from tests import faulty_s3
 from tests.packed import train_loader, write_packed
@@ -62,13 +63,14 @@ class EveryThird:
         self.spoilt = []
 
     def __call__(self, handler):
-        faults = [faulty_s3.half_a_body, faulty_s3.refusal(503, "SlowDown"), faulty_s3.no_answer]
+        faults = [faulty_s3.half_a_body, faulty_s3.refusal(503, "SlowDown"), faulty_s3.reset]
+        faults.append(faulty_s3.half_a_body_and_reset)
         with self.lock:
             if not (handler.is_whole_shard or handler.is_part_of_shard) or len(self.spoilt) == 9:
                 fault = faulty_s3.pass_on
             else:
                 self.answers += 1
-                fault = faulty_s3.pass_on if self.answers % 3 else faults[self.answers // 3 % 3]
+                fault = faulty_s3.pass_on if self.answers % 3 else faults[self.answers // 3 % 4]
                 if fault is not faulty_s3.pass_on:
                     self.spoilt.append("whole" if handler.is_whole_shard else "part")
         fault(handler)
@@ -80,7 +82,7 @@ def test_training_through_faults_gives_the_same_bits_as_from_a_folder(bucket, pr
     loader, same = make_loader(dataset, data), make_loader(local, DATA)
     for epoch in range(2):
         assert_same(loader.epoch(epoch), same.epoch(epoch))
-    assert len(rule.spoilt) >= 3
+    assert len(rule.spoilt) >= 4  # each of the four faults
     loader.close()
     proxy.rule = faulty_s3.refusal(403, "AccessDenied")  # all is in the cache now
     again = make_loader(dataset, data)
@@ -140,7 +142,8 @@ def test_an_object_that_vanishes_or_changes_under_the_run_stops_it(bucket, make_
 
 def test_a_server_that_stays_away_is_named(bucket, proxy, make_loader, monkeypatch):
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
-    dataset, _, data = bucket
+    packed, _, data = bucket
+    dataset = open_dataset(packed.uri)  # with a client of its own, which gives up early
     loader = make_loader(dataset, data)
     proxy.rule = faulty_s3.no_answer
     server = proxy.url.removeprefix("http://")

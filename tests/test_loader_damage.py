@@ -10,6 +10,7 @@ from cluster.errors import UserError
 from data_pipeline.config import AugmentConfig, DataConfig, SamplingConfig
 from data_pipeline.stream import TrainStream
 from tests.packed import train_loader, write_packed
+from tests.raw import hundred_megapixels
 
 COUNTS = {"train": [30, 14, 5], "val": [1, 1, 1]}
 DAMAGED = ["train_1_3", "train_2_1", "train_2_2"]
@@ -43,7 +44,8 @@ def make_loader(damaged_dataset):
 
 @pytest.mark.parametrize("views", [1, 2])
 def test_damaged_images_are_named_and_replaced_by_their_class(make_loader, dataset, damaged_dataset, views):
-    loader, whole = make_loader(views=views), make_loader(dataset, views=views)
+    told = []
+    loader, whole = make_loader(views=views, warn=told.append), make_loader(dataset, views=views)
     index = damaged_dataset.index("train")
     replaced = 0
     for epoch in range(3):
@@ -62,6 +64,8 @@ def test_damaged_images_are_named_and_replaced_by_their_class(make_loader, datas
     assert replaced > 3
     assert sorted(key for key, _ in loader.damaged) == sorted(DAMAGED)
     assert all("no image format that is known" in reason for _, reason in loader.damaged)
+    told_once = "{} of split train is damaged, the next of its class takes its place: no image format that is known"
+    assert sorted(told) == [told_once.format(key) for key in sorted(DAMAGED)]
 
 
 def spoilt(kind, image):
@@ -70,10 +74,20 @@ def spoilt(kind, image):
         "cut in its pixels": image[: len(image) // 2],
         "empty": b"",
         "not an image": b"text " * 200,
+        "100 megapixels": hundred_megapixels(),
     }[kind]
 
 
-@pytest.mark.parametrize("kind", ["cut in its header", "cut in its pixels", "empty", "not an image"])
+REASONS = {
+    "cut in its header": "truncated",
+    "cut in its pixels": "image file is truncated",
+    "empty": "the file is empty",
+    "not an image": "no image format that is known",
+    "100 megapixels": "10000 x 10000 pixels, more than the",
+}
+
+
+@pytest.mark.parametrize("kind", REASONS)
 @pytest.mark.parametrize("views", [1, 2])
 def test_one_damaged_image_in_a_large_batch_of_any_kind(tmp_path, make_loader, kind, views):
     """DALI itself crashes on some of them, once a batch is larger than a few images."""
@@ -91,7 +105,8 @@ def test_one_damaged_image_in_a_large_batch_of_any_kind(tmp_path, make_loader, k
     for epoch in range(4):
         for batch in loader.epoch(epoch):
             assert batch.images.shape[0] == views * 128 and "train_1_5" not in batch.keys
-    assert [key for key, _ in loader.damaged] == ["train_1_5"]
+    ((key, reason),) = loader.damaged
+    assert key == "train_1_5" and REASONS[kind] in reason.lower()
 
 
 def test_no_image_of_a_batch_is_black_or_a_copy_of_another_place(make_loader):
@@ -118,22 +133,6 @@ def test_every_world_size_replaces_alike(make_loader):
     met = [set(loader.damaged) for loader in ranks]
     assert set().union(*met) == set(alone.damaged)
     assert any(one != set(alone.damaged) for one in met)  # no rank has met all
-
-
-def test_the_limit_holds_for_all_ranks_together(make_loader):
-    """Each rank meets one, which is within the limit; told of all, as the trainer does it, each stops with the list."""
-    data = DATA.model_copy(update={"max_damaged": 2})
-    ranks = [make_loader(rank=rank, world=3, data=data) for rank in range(3)]
-    for loader, key in zip(ranks, DAMAGED, strict=True):
-        loader.add_damaged([(key, "cut off")])
-    everyones = [pair for loader in ranks for pair in loader.damaged]
-    assert sorted(everyones) == [(key, "cut off") for key in sorted(DAMAGED)]
-    for loader in ranks:
-        with pytest.raises(
-            UserError, match=r"more than data\.max_damaged = 2 damaged images: train_\d_\d \(cut off\); "
-        ):
-            loader.add_damaged(everyones)
-        assert sorted(loader.damaged) == sorted(everyones)
 
 
 def test_damage_told_of_changes_no_batch(make_loader):

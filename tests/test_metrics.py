@@ -76,6 +76,14 @@ def test_tiers_by_thirds_and_by_count():
     assert class_tiers(counts, many_above=40, few_below=41).tolist().count("medium") == 0
 
 
+@pytest.mark.parametrize(
+    "counts, tiers",
+    [([5, 40], ["few", "many"]), ([40, 5], ["many", "few"]), ([7, 7], ["many", "few"]), ([3], ["few"]), ([], [])],
+)
+def test_the_rarest_of_fewer_than_three_classes_is_few(counts, tiers):
+    assert class_tiers(np.array(counts)).tolist() == tiers
+
+
 def test_tiers_that_do_not_part_the_classes_are_refused():
     message = (
         r"^evaluation.many_above = 20 and evaluation.few_below = 100 do not part the classes; give both, with "

@@ -163,6 +163,15 @@ def test_the_own_head_is_the_classifier(cosine_scale, tmp_path):
     torch.testing.assert_close(again.logits(out.features), out.logits)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_activations_are_computed_a_second_time_on_request(recompute):
+    calls = []
+    model = build_model(_config(checkpoint_activations=recompute), 5, 32)
+    model.backbone.layer1[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    model(_images()).logits.sum().backward()
+    assert len(calls) == (2 if recompute else 1)
+
+
 def test_activations_that_cannot_be_recomputed():
     with pytest.raises(UserError, match=r"^model.checkpoint_activations: timm's 'vgg11' cannot recompute its activ"):
         build_model(_config(backbone="vgg11", checkpoint_activations=True), 5, 64)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cluster.errors import UserError
-from cluster.launch import Worker
+from cluster.worker import Worker
 from tests.gloo import run_gloo
 from trainer.config import StageOneConfig
 from trainer.model import Output
@@ -26,7 +26,7 @@ def evaluation_of(total, own):
 
 def said(rank, world, images, bad_rank, where):
     """The message on this rank when something of `bad_rank` is not finite."""
-    worker = Worker(rank, world, "cpu", _mailbox=None)
+    worker = Worker(rank, world, "cpu")
     guard = NonFiniteGuard(worker, StageOneConfig(optimiser={"lr": 0.01}), last_checkpoint="stage_one/epoch-0001")
     batch, output = batch_of(rank, images)
     if where == "output" and rank == bad_rank:
@@ -67,7 +67,7 @@ def test_every_rank_says_the_same_and_names_the_rank_at_fault(images, where, wha
 
 def left_out(rank, world):
     told = []
-    worker = Worker(rank, world, "cpu", _mailbox=None)
+    worker = Worker(rank, world, "cpu")
     worker.tell = told.append  # type: ignore[method-assign]
     guard = NonFiniteGuard(worker, StageOneConfig(skip_nonfinite_steps=2))
     norm = torch.nn.BatchNorm1d(3)

@@ -6,19 +6,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 
 from data_pipeline.mix import Mix
 from tests.gloo import run_gloo
+from tests.losses import CLASSIFICATION_LOSS_NAMES, METRIC_LOSS_NAMES
 from trainer.config import MemoryConfig, StageOneConfig
-from trainer.loss_config import METRIC_LOSS_NAMES
 from trainer.losses import build_classification_loss, build_metric_loss
 from trainer.memory import CrossBatchMemory
 from trainer.model import Output
 from trainer.objective import Objective
 
 IMAGES, NUM_CLASSES, DIM, FEATURES = 12, 4, 8, 10
-SIZES = {1: [12], 3: [6, 5, 1]}
+SIZES = {1: [12], 2: [5, 7], 3: [6, 5, 1]}
 COUNTS = torch.tensor([40, 20, 8, 2])
 
 
@@ -45,32 +46,67 @@ def objective_of(config, memory=None):
     torch.manual_seed(0)
     dim = FEATURES if config.loss.compare == "feature" else DIM
     metric = build_metric_loss(config.loss, NUM_CLASSES, dim, COUNTS)
-    return Objective(config, build_classification_loss(config.classification, COUNTS), metric, memory)
+    classification = build_classification_loss(config.classification, COUNTS, cosine_scale=8.0)
+    return Objective(config, classification, metric.double() if metric is not None else None, memory)
 
 
-def one_step(rank, world, changes, views):
+def one_step(rank, world, case):
+    """-> objective, terms, masked labels, this rank's rows of the whole output, gradients of these and of the loss."""
+    changes, views = case
     output, labels = outputs(views)
     own, own_labels, rows = share(output, labels, rank, world, views)
-    result = objective_of(StageOneConfig(views=views, **changes))(own, own_labels, 0.5)
+    objective = objective_of(StageOneConfig(views=views, **changes))
+    result = objective(own, own_labels, 0.5)
     result.loss.backward()
     gradients = [t.grad if t.grad is not None else torch.zeros_like(t) for t in own]
-    return result.total, result.terms, sorted(result.masked.tolist()), rows, gradients
+    learnt = [parameter.grad for parameter in objective.parameters()]
+    for grad in learnt:
+        dist.all_reduce(grad)
+    return result.total, result.terms, sorted(result.masked.tolist()), rows, gradients, learnt
 
 
-@pytest.mark.parametrize("views", [1, 2])
-def test_ranks_of_unequal_size_are_one_rank(views):
-    changes = {"loss": {"name": "supervised_contrastive", "weight": 0.7, "warmup_epochs": 1.0}}
-    total, terms, masked, _, expected = run_gloo(one_step, 1, changes, views)[0]
-    assert masked == ([3] if views == 1 else [])  # the only image of its class
-    ranks = run_gloo(one_step, 3, changes, views)
-    for rank in ranks:
-        assert rank[0] == pytest.approx(total, rel=1e-6) and rank[1] == pytest.approx(terms, rel=1e-6)
-    assert sorted(label for rank in ranks for label in rank[2]) == masked
-    for number, whole in enumerate(expected):
-        for _, _, _, rows, gradients in ranks:
-            # The engine averages over ranks: each row's gradient comes from one rank, W times what it is to be.
-            torch.testing.assert_close(gradients[number] / 3, whole[rows], rtol=1e-6, atol=1e-12)
-    assert total == pytest.approx(terms["cross_entropy"] + 0.35 * terms["metric_loss"])  # half of the warm-up
+def steps_of_cases(rank, world):
+    return [one_step(rank, world, case) for case in CASES]
+
+
+# Every loss beside cross-entropy, in the middle of lambda's warm-up; every classification loss alone.
+CASES = [
+    *(
+        ({"loss": {"name": name, "weight": 0.7, "warmup_epochs": 1.0}}, views)
+        for name in METRIC_LOSS_NAMES
+        for views in (1, 2)
+    ),
+    *(({"loss": {"name": "none"}, "classification": {"name": name}}, 1) for name in CLASSIFICATION_LOSS_NAMES),
+]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_of_unequal_size_are_one_rank_for_every_loss(world):
+    ranks_of_cases = zip(*run_gloo(steps_of_cases, world), strict=True)
+    for case, one, ranks in zip(CASES, run_gloo(steps_of_cases, 1)[0], ranks_of_cases, strict=True):
+        total, terms, masked, _, expected, learnt = one
+        if case[0]["loss"]["name"] == "supervised_contrastive":
+            assert masked == ([3] if case[1] == 1 else [])  # the only image of its class
+        if "metric_loss" in terms:  # half of the warm-up
+            assert total == pytest.approx(terms["cross_entropy"] + 0.35 * terms["metric_loss"])
+            assert terms["metric_loss"] > 0, case
+        for rank in ranks:
+            assert rank[0] == pytest.approx(total, rel=1e-6) and rank[1] == pytest.approx(terms, rel=1e-6), case
+        assert sorted(label for rank in ranks for label in rank[2]) == masked, case
+        for number, whole in enumerate(expected):
+            for _, _, _, rows, gradients, _ in ranks:
+                # The engine averages over ranks: each row's gradient comes from one rank, W times what it is to be.
+                torch.testing.assert_close(gradients[number] / world, whole[rows], rtol=1e-6, atol=1e-12)
+        for rank in ranks:
+            for grad, whole in zip(rank[5], learnt, strict=True):
+                torch.testing.assert_close(grad / world, whole, rtol=1e-6, atol=1e-12)
+
+
+def test_a_weight_of_zero_leaves_the_metric_loss_out():
+    output, labels = outputs()
+    result = objective_of(StageOneConfig(views=1, loss={"weight": 0.0}))(output, labels, 1.0)
+    assert result.terms.keys() == {"cross_entropy"} and result.total == pytest.approx(result.loss.item(), rel=1e-6)
+    assert result.gathered is None and result.metric_weight == 0
 
 
 def test_the_terms_are_their_formulas():

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import webdataset
 from PIL import Image
+from rich.console import Console
 
 from cluster.errors import UserError
+from data_pipeline.audit import audit
 from data_pipeline.config import DataConfig, SourceConfig, SplitConfig
 from data_pipeline.dataset import open_dataset
+from data_pipeline.pack import pack
 from tests.raw import SMALL_SHARDS, digests, pack_quietly, pattern, save, table, table_source
 
 
@@ -166,6 +169,16 @@ def test_packing_into_a_bucket_gives_the_same_bytes(source, packed, moto_s3):
     local = {path: Path(packed.uri, path).read_bytes() for path in digests(Path(packed.uri))}
     assert {stored.path: dataset.storage.read(stored.path) for stored in dataset.storage.list()} == local
     assert len(open_dataset(f"{moto_s3}/packed/set", verify=True).index("train")) == len(packed.index("train"))
+    assert audit(f"{moto_s3}/packed/set", verify=True).clean
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_packing_shows_how_far_it_is(source, tmp_path, monkeypatch, is_terminal):
+    shown = io.StringIO()
+    monkeypatch.setattr("cluster.progress.console", Console(file=shown, force_terminal=is_terminal, width=120))
+    pack(source, DataConfig(), str(tmp_path / "d"), seed=0)
+    for title in ("reading images", "writing shards"):
+        assert re.search(rf"{title}\W.*99/99", shown.getvalue())
 
 
 # ---- bad input

@@ -2,8 +2,6 @@
 
 import json
 import os
-import struct
-import zlib
 
 import pytest
 
@@ -11,14 +9,7 @@ from cluster.errors import UserError
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.images import MAX_PIXELS
 from data_pipeline.raw import MAX_FILE_BYTES
-from tests.raw import encoded, pack_quietly, pattern, table
-
-
-def hundred_megapixels():
-    """A PNG of a few hundred bytes whose header says 10,000 x 10,000."""
-    data = encoded(pattern(0), "PNG")
-    header = b"IHDR" + struct.pack(">II", 10_000, 10_000) + data[24:29]
-    return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
+from tests.raw import encoded, hundred_megapixels, pack_quietly, pattern, table
 
 
 def wrong_checksum():

@@ -1,6 +1,7 @@
 """Splits and classes as the source gives them: nothing is moved, no label shifts, leaks are counted."""
 
 import io
+import json
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from rich.console import Console
 from cluster.errors import UserError
 from data_pipeline import pack as pack_module
 from data_pipeline.audit import audit
-from data_pipeline.config import DataConfig, SourceConfig
+from data_pipeline.config import DataConfig, SourceConfig, SplitConfig
 from data_pipeline.pack import pack
 from tests.raw import digests, pack_quietly, pattern, sample_members, save, table_source, write_csv, write_tar
 
@@ -160,6 +161,46 @@ def test_mixed_groups_are_counted_by_patient(tmp_path):
     assert dataset.made["mixed_groups"] == 1
     groups = np.concatenate([dataset.index(split).group for split in SPLITS])
     assert len(set(groups)) == len(rows) - 1
+
+
+def test_given_splits_that_leak_are_pooled_and_cut_anew(tmp_path):
+    rows = plain_rows(FULL)
+    first_test = next(number for number, row in enumerate(rows) if row[2] == "test")
+    rows[first_test] = ("a", "p-new", "test", rows[0][3])  # a picture of train
+    source = with_splits(tmp_path / "raw", rows)
+    dataset = pack_quietly(source, DataConfig(split=SplitConfig(pool_given=True)), tmp_path / "d")
+    assert dataset.made["given_splits"] == [] and dataset.made["joined_groups"] == 1
+    leaks = audit(str(tmp_path / "d")).leaked_by_split()
+    assert {split: leaked for split, (leaked, _) in leaks.items()} == {"val": 0, "test": 0}
+    assert sum(len(dataset.index(split)) for split in SPLITS) == len(rows)
+    moved = [rows[int(key[-4:])][2] != split for split in SPLITS for key in dataset.index(split).key]
+    assert any(moved)
+
+
+def test_train_is_thinned_to_a_long_tail_and_val_and_test_are_not(tmp_path):
+    source = table_source(tmp_path / "raw", {"a": 60, "b": 60, "c": 60})
+    whole = pack_quietly(source, DataConfig(), tmp_path / "whole")
+    split = SplitConfig(train_imbalance=16)
+    thin = pack_quietly(source, DataConfig(split=split), tmp_path / "thin")
+    assert whole.class_counts("train").tolist() == [42, 42, 42]
+    assert thin.class_counts("train").tolist() == [42, 10, 3] and thin.made["thinned"] == 71
+    for name in ("val", "test"):
+        assert thin.index(name).key.tolist() == whole.index(name).key.tolist()
+    assert set(thin.index("train").key) < set(whole.index("train").key)
+    assert thin.mean != whole.mean and sum(shard.samples for shard in thin.shards) == 109
+    audit(str(tmp_path / "thin"), verify=True)
+
+
+def test_a_set_packed_before_a_setting_was_known_has_its_default(tmp_path):
+    source = table_source(tmp_path / "raw", {"a": 12, "b": 9})
+    pack_quietly(source, DataConfig(), tmp_path / "d")
+    described = json.loads((tmp_path / "d" / "dataset.json").read_text())
+    del described["made"]["data"]["split"]["train_imbalance"], described["made"]["data"]["split"]["pool_given"]
+    (tmp_path / "d" / "dataset.json").write_text(json.dumps(described))
+    assert len(pack_quietly(source, DataConfig(), tmp_path / "d").classes) == 2
+    thin = DataConfig(split=SplitConfig(train_imbalance=3))
+    with pytest.raises(UserError, match=r"was packed with data.split.train_imbalance = null, now 3.0; choose another"):
+        pack_quietly(source, thin, tmp_path / "d")
 
 
 def test_a_packed_dataset_is_a_source_too(tmp_path):

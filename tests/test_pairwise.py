@@ -16,6 +16,7 @@ from trainer.losses.batch_hard_triplet import batch_hard_triplet
 from trainer.losses.supervised_contrastive import supervised_contrastive
 from trainer.pairwise import (
     all_triplet_sums,
+    contrastive_total,
     hardest_rows,
     multi_similarity_sums,
     pool_logsumexp,
@@ -180,6 +181,8 @@ def test_anchors_must_be_rows_of_the_pool(anchors, first, message):
     labels = torch.zeros(2, dtype=torch.int64)
     for function in (
         lambda: pool_logsumexp(anchors, pool_of(), 0.1, first),
+        lambda: positive_similarity(anchors, labels, pool_of(), LABELS, first),
+        lambda: contrastive_total(anchors, labels, pool_of(), LABELS, 0.1, first),
         lambda: hardest_rows(anchors, labels, pool_of(), LABELS, first),
         lambda: semi_hard_rows(anchors, labels, pool_of(), LABELS, labels, first),
         lambda: multi_similarity_sums(anchors, labels, pool_of(), LABELS, first, (2.0, 50.0), 0.5, 0.1),

@@ -93,6 +93,12 @@ def test_the_faster_path_is_taken_and_remembered(monkeypatch):
     assert pairwise_choice.use_triton("f", anchors, random_rows(16, 3), slow, quick) and calls
 
 
+@pytest.mark.parametrize(("triton", "pytorch", "taken"), [(1.0, 1.2, True), (1.0, 1.02, False), (1.0, 0.9, False)])
+def test_triton_is_taken_only_when_it_is_faster_by_more_than_timings_differ(monkeypatch, triton, pytorch, taken):
+    monkeypatch.setattr(pairwise_choice, "_seconds", lambda function: function())
+    assert pairwise_choice.is_faster(lambda: triton, lambda: pytorch) is taken
+
+
 def test_tf32_is_the_users_choice():
     before = torch.backends.cuda.matmul.fp32_precision
     try:

@@ -11,13 +11,24 @@ import torch.distributed as dist
 from torch import nn
 
 from tests.gloo import run_gloo
-from tests.losses import CLASSIFICATION_CASES, COSINE_SCALE, COUNTS, DIM, LABELS, METRIC_CASES, NUM_CLASSES, build
+from tests.losses import (
+    CLASSIFICATION_CASES,
+    CLASSIFICATION_LOSS_NAMES,
+    COSINE_SCALE,
+    COUNTS,
+    DIM,
+    LABELS,
+    METRIC_CASES,
+    METRIC_LOSS_NAMES,
+    NUM_CLASSES,
+    build,
+    mean_over_ranks,
+)
 from trainer.config import MemoryConfig
-from trainer.loss_config import CLASSIFICATION_LOSS_NAMES, METRIC_LOSS_NAMES
 from trainer.losses import build_classification_loss
 from trainer.memory import CrossBatchMemory
 from trainer.model import CosineLinear
-from trainer.pool import Pool, gather_pool, global_mean
+from trainer.pool import Pool, gather_pool
 
 IN_DIM = 5
 CASES = [*METRIC_CASES, *CLASSIFICATION_CASES]
@@ -68,7 +79,7 @@ def rank_mean(loss):
 
 
 GATHERS = {"ours": gather_pool, "local": local_pool, "detached": detached_pool}
-MEANS = {"ours": global_mean, "rank": rank_mean}
+MEANS = {"ours": mean_over_ranks, "rank": rank_mean}
 
 
 def loss_of(model, images, labels, memory, gather="ours", mean="ours"):
@@ -205,7 +216,7 @@ def nothing_valid(rank, world):
         rows = nn.functional.normalize(torch.randn(2, DIM, dtype=torch.float64), dim=1).requires_grad_()
         labels = torch.tensor([2 * rank, 2 * rank + 1])
         loss = module(rows, labels, gather_pool(rows, labels), METRIC_CASES[name][1])
-        global_mean(loss).backward()
+        mean_over_ranks(loss).backward()
         results[name] = (loss.count, float(loss.total.detach()), rows.grad)
     return results
 

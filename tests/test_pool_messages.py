@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from cluster.errors import UserError
 from tests.gloo import run_gloo
 from trainer.losses.base import LossSum
 from trainer.pool import gather_order, gather_pool, global_mean
-from trainer.pool_size import available_bytes, check_pool_fits
+from trainer.pool_size import available_bytes, check_pool_fits, out_of_memory_told
 
 
 def gather_rows(rank, world, sizes):
@@ -97,7 +98,7 @@ def test_one_process_needs_no_process_group():
     pool = gather_pool(rows, labels)
     assert pool.embeddings is rows and pool.labels is labels and pool.first == 0
     total = rows.sum()
-    assert float(global_mean(LossSum(total, 4, labels[:0])).detach()) == pytest.approx(float(total.detach()) / 4)
+    assert float(global_mean(LossSum(total, 4, labels[:0]), 4).detach()) == pytest.approx(float(total.detach()) / 4)
     with pytest.raises(ValueError, match="rank 0 has 3 embeddings and 2 labels"):
         gather_pool(rows, labels[:2])
 
@@ -137,3 +138,10 @@ def test_a_failing_rank_fails_the_call_with_its_traceback():
         run_gloo(failing, 2, False)
     with pytest.raises(AssertionError, match=r"rank 1 failed:\nit died without a word"):
         run_gloo(failing, 2, True)
+
+
+def test_a_gpu_that_runs_out_of_memory_is_told_with_what_to_set():
+    said = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 22.05 GiB of which ..."
+    told = r"GPU's memory \(CUDA out of memory. Tried to allocate 2.00 GiB\); set stage_one.micro_batch_size "
+    with pytest.raises(UserError, match=told), out_of_memory_told():
+        raise torch.OutOfMemoryError(said)

@@ -7,9 +7,14 @@ import copy
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 import zipfile
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import boto3
@@ -135,6 +140,104 @@ def test_commands_are_shell(cluster):
             subprocess.run(["bash", "-n", "-c", command], check=True)
 
 
+def stand_ins(home, **tools):
+    """The environment of a machine whose tools note how they were called, and then run the shell given."""
+    folder = home / "venv/bin"
+    folder.mkdir(parents=True)
+    for tool, shell in tools.items():
+        note = 'echo "$(basename "$0") $*; $RAY_AUTH_MODE" >> "$HOME/called"'
+        (folder / tool).write_text(f"#!/bin/sh\n{note}\n{shell}\n")
+        (folder / tool).chmod(0o755)
+    return {"HOME": str(home), "PATH": f"{folder}:{os.environ['PATH']}", "RAY_HEAD_IP": "10.0.0.1"}
+
+
+@pytest.mark.parametrize("kind", ["head", "worker"])
+def test_ray_is_started_with_files_locked_and_shared_memory_enough_and_with_the_token(cluster, tmp_path, kind):
+    """By stand-ins for `sudo` and `ray`, which note how they were called."""
+    environment = stand_ins(tmp_path, sudo="", ray="", nohup="")
+    for command in cluster[f"{kind}_start_ray_commands"]:
+        subprocess.run(["bash", "-c", command], env=environment, check=True)
+    stop, limits, memory, start, *spot = (tmp_path / "called").read_text().splitlines()
+    assert len(spot) == (kind == "worker") and all("spot/instance-action" in call for call in spot)
+    assert stop.startswith("ray stop;")
+    assert re.fullmatch(r"sudo prlimit --pid \d+ --nofile=65536:65536 --memlock=unlimited:unlimited; ", limits)
+    assert memory == "sudo mount -o remount,size=60% /dev/shm; "
+    assert start.startswith("ray start --head " if kind == "head" else "ray start --address=10.0.0.1:6379 ")
+    assert start.endswith("; token")
+
+
+class Metadata(BaseHTTPRequestHandler):
+    """EC2's metadata service, version 2: 404 until the server's `taken` is set, and 401 without a token."""
+
+    def do_PUT(self):
+        assert self.path == "/latest/api/token" and int(self.headers["X-aws-ec2-metadata-token-ttl-seconds"]) > 0
+        self.answer(200, b"the-token")
+
+    def do_GET(self):
+        known = self.headers["X-aws-ec2-metadata-token"] == "the-token"
+        found = self.path == "/latest/meta-data/spot/instance-action" and self.server.taken.is_set()
+        self.answer(200 if known and found else 404 if known else 401, b'{"action": "terminate"}')
+        self.server.asked.append(known)
+
+    def answer(self, status, body):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *given):
+        pass
+
+
+@pytest.fixture
+def metadata():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Metadata)
+    server.taken, server.asked = threading.Event(), []
+    threading.Thread(target=server.serve_forever).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def until(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_spot_notice_is_sigterm_to_the_training_processes_and_then_ray_leaves(cluster, metadata, tmp_path):
+    """The shell as it stands, against a metadata service on loopback; the workers are gone at the third look."""
+    raylet, worker = 'echo "7 raylet --node_id=ab12 --x"', '[ "$(grep -c ^pgrep "$HOME/called")" -lt 4 ]'
+    environment = stand_ins(tmp_path, ray="", pkill="", pgrep=f'case "$*" in *raylet*) {raylet};; *) {worker};; esac')
+    environment |= {"SPOT_METADATA": f"http://127.0.0.1:{metadata.server_port}", "SPOT_EVERY_S": "0.05"}
+    (watch,) = [command for command in cluster["worker_start_ray_commands"] if "spot" in command]
+    called, starts = tmp_path / "called", []
+    try:
+        for _ in range(2):  # the commands run again on a machine that is there already
+            starts.append(subprocess.Popen(["bash", "-c", watch], env=environment, start_new_session=True))
+            assert starts[-1].wait(20) == 0
+        until(lambda: len(metadata.asked) > 5)
+        assert all(metadata.asked) and not called.exists()
+        metadata.taken.set()
+        until(lambda: called.exists() and "ray stop" in called.read_text())
+        asked = len(metadata.asked)
+        time.sleep(0.5)
+        assert len(metadata.asked) == asked, "there was one loop, and it has ended"
+    finally:
+        for start in starts:
+            with suppress(ProcessLookupError):
+                os.killpg(start.pid, signal.SIGKILL)
+    assert called.read_text().splitlines() == [
+        "pgrep -a raylet; token",
+        "ray drain-node --address 10.0.0.1:6379 --reason DRAIN_NODE_REASON_PREEMPTION --reason-message the spot "
+        "machine is taken away --deadline-remaining-seconds 110 --node-id ab12; token",
+        "pkill -TERM -f ^ray::RayTrainWorker; token",
+        *["pgrep -f ^ray::RayTrainWorker; token"] * 3,
+        "ray stop; token",
+    ]
+
+
 # ---- Ray's AWS provider against moto
 
 
@@ -208,4 +311,4 @@ def test_a_jobs_working_directory_is_the_code_and_nothing_else(tmp_path):
     assert {"rarelens.py", "pyproject.toml", "cluster", "data_pipeline", "trainer", "tuning", "configs"} <= top
     assert not top & {".git", ".venv", ".ci", "tests", "docs", "benchmarks", "runs", "demo"}
     assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
-    assert package.stat().st_size < 2**20
+    assert package.stat().st_size < 2 * 2**20

@@ -73,15 +73,15 @@ def test_weights_that_do_not_fit_the_classes_are_user_errors(changes, message):
         ({"class_weights": {}}, "class_weights are all 0; give at least one class a weight above 0"),
         (
             {"class_weights": {"a": 1}, "power": 0.5},
-            "class_weights take the place of power and power_last: remove these or class_weights",
+            "class_weights take the place of power and power_last; remove these or class_weights",
         ),
         (
             {"class_weights": {"a": 1}, "power_last": 0},
-            "class_weights take the place of power and power_last: remove these or class_weights",
+            "class_weights take the place of power and power_last; remove these or class_weights",
         ),
         (
             {"samples_per_class": 4},
-            "classes_per_batch and samples_per_class go together: set both or neither",
+            "classes_per_batch and samples_per_class go together; set both or neither",
         ),
     ],
 )

@@ -7,7 +7,13 @@ import pytest
 from sklearn import metrics as sk
 
 from trainer.retrieval import retrieval
-from trainer.score_metrics import area_under_roc, average_precision, calibration_error
+from trainer.score_metrics import (
+    area_under_roc,
+    average_precision,
+    calibration_error,
+    sensitivity_at,
+    threshold_at,
+)
 
 
 def scored(seed, n=200):
@@ -32,10 +38,31 @@ def test_areas_equal_scikit_learn(ours, theirs, seed):
         assert np.isnan(row[3])
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("specificity", [0.5, 0.9, 0.95, 0.99, 1.0])
+def test_sensitivity_at_a_specificity_equals_scikit_learn(specificity, seed):
+    labels, scores = scored(seed)
+    weights = np.random.default_rng(seed).integers(0, 4, size=(5, len(labels)))
+    found = np.concatenate([sensitivity_at(specificity, labels, scores, w) for w in (None, weights)])
+    thresholds = threshold_at(specificity, labels, scores)
+    for row, weight in zip(found, [np.ones(len(labels)), *weights], strict=True):
+        for c in range(3):
+            curve = sk.roc_curve(labels == c, scores[:, c], sample_weight=weight, drop_intermediate=False)
+            false_alarms, sensitivity, cuts = curve
+            allowed = false_alarms <= 1 - specificity + 1e-9
+            assert row[c] == pytest.approx(sensitivity[allowed].max(), abs=1e-12)
+            if row is found[0]:
+                assert thresholds[c] == cuts[allowed][sensitivity[allowed].argmax()]
+        assert np.isnan(row[3])
+    assert np.isnan(thresholds[3])
+
+
 def test_a_class_without_a_rest_has_no_area():
     scores = np.array([[0.9], [0.2]])
     assert np.isnan(area_under_roc(np.array([0, 0]), scores)).all()
     assert average_precision(np.array([0, 0]), scores).tolist() == [[1.0]]
+    assert np.isnan(sensitivity_at(0.9, np.array([0, 0]), scores)).all()
+    assert np.isnan(threshold_at(0.9, np.array([0, 0]), scores)).all()
 
 
 @pytest.mark.parametrize("bins", [1, 10, 15])
@@ -73,6 +100,16 @@ def test_retrieval_equals_the_plain_loop(normalise, block_bytes, monkeypatch):
         precision = [np.mean(hits[: k + 1]) for k in range(relevant) if hits[k]]
         assert found.hit[i] == hits[0]
         assert found.average_precision[i] == pytest.approx(sum(precision) / relevant, abs=1e-6)
+
+
+def test_retrieval_tells_neighbours_far_from_the_origin():
+    """Raw features: groups of three at distances of .02 and .03, 8,000 from the origin and from each other."""
+    centres = 1000 * np.random.default_rng(0).normal(size=(20, 1, 64))
+    x = (centres + np.array([0.0, 0.02, 0.05])[:, None] * np.eye(64)[0]).reshape(60, 64)
+    found = retrieval(x.astype(np.float32), np.tile([0, 0, 1], 20), normalise=False)
+    assert found.hit.reshape(20, 3).tolist() == [[1, 1, 0]] * 20
+    copies = retrieval(np.repeat(x[::3][:5], 3, axis=0), np.tile([0, 1, 0], 5), normalise=False)
+    assert copies.hit.reshape(5, 3).tolist() == [[0, 0, 1]] * 5  # of equal ones the first
 
 
 def test_retrieval_of_nothing():

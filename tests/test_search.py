@@ -1,29 +1,41 @@
 """Stage two's search: what it tries, with Ray Tune for real; trials that die, drivers that are killed."""
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace as Namespace
 
 import numpy as np
 import pytest
 import torch
+from ray import tune
+from rich.console import Console
 
+import cluster.launch
+import cluster.progress
+import trainer.extraction
+import trainer.stage_checkpoint
+import tuning.stage_two
 from cluster.config import parse_config
 from cluster.errors import UserError
+from cluster.run import RunFolder
+from cluster.storage import open_storage
+from tests.tiny import tiny_config
 from trainer.features import Features, write_manifest, write_part
-from trainer.heads import TRAINED_FAMILIES, Head, HeadSpec, load_heads
+from trainer.heads import Head, HeadSpec, load_heads
 from trainer.metrics import METRICS
-from trainer.stage_two import shared_by, train_heads
-from tuning.block import BlockTrial
+from trainer.stage_two import train_heads
+from tuning.block import BlockTrial, Job
 from tuning.config import StageTwoConfig
-from tuning.results import KNOB_TYPES, SCORES, SearchResult, head_row, rank, read_results, write_results
-from tuning.space import blocks_of, draw_specs
-from tuning.stage_two import search_heads
+from tuning.results import KNOB_TYPES, SCORES, read_results, write_results
+from tuning.rounds import _tuner
+from tuning.space import draw_specs
+from tuning.stage_two import search_heads, search_stage_two
 
 COUNTS = np.array([120, 40, 15, 6, 3])
 NUM_CLASSES, DIM = len(COUNTS), 16
@@ -46,7 +58,7 @@ def write_clusters(folder: Path) -> Path:
         names = np.array([f"{split}{row}" for row in rows], dtype=object)
         write_part(folder, split, 0, Features(names, labels, names, rows, x))
     rows = {"train": int(COUNTS.sum()), "val": 20 * NUM_CLASSES}
-    write_manifest(folder, backbone="none", checkpoint_sha256="", dim=DIM, rows=rows, parts=1)
+    write_manifest(folder, backbone="none", checkpoint_sha256="none", dim=DIM, rows=rows, parts=1)
     return folder
 
 
@@ -61,85 +73,6 @@ def own():
     x, labels = clusters(0, COUNTS)
     spec = HeadSpec("crt", power=1.0, lr=10.0, epochs=20)
     return train_heads([spec], x, labels, COUNTS, Head(torch.zeros(NUM_CLASSES, DIM), torch.zeros(NUM_CLASSES)))[0]
-
-
-class TestSpace:
-    def test_families_share_the_budget(self):
-        specs = draw_specs(StageTwoConfig(heads=256), seed=0)
-        count = Counter(spec.family for spec in specs)
-        assert count["tau_norm"] == count["logit_adjustment"] == 21 and count["nearest_class_mean"] == 2
-        assert sum(count.values()) == 256
-        assert {count[family] for family in TRAINED_FAMILIES} == {21, 22}
-        for family in ("tau_norm", "logit_adjustment"):
-            taus = [spec.tau for spec in specs if spec.family == family]
-            assert taus == pytest.approx(np.linspace(0, 2, 21))
-
-    @pytest.mark.parametrize("heads", [1, 7, 24, 40, 1000])
-    def test_defaults_are_always_there(self, heads):
-        config = StageTwoConfig(heads=heads)
-        specs = draw_specs(config, seed=3)
-        assert len(specs) == max(heads, len(config.families))
-        assert {spec.family for spec in specs} == set(config.families)
-        assert any(s.family == "crt" and s.power == 0 and s.lr == 3 and s.epochs == 10 for s in specs)
-        assert any(s.family == "balanced_softmax" and s.lr == 3 and s.epochs == 10 for s in specs)
-        assert any(s.family == "logit_adjustment" and s.tau == 1 for s in specs)
-        assert any(s.family == "logit_adjusted" and s.tau == 1 for s in specs)
-        assert any(s.family == "tau_norm" and s.tau == 1 for s in specs)
-        assert any(s.family == "ldam_drw" and s.margin == 0.5 and s.scale == 30 for s in specs)
-        assert any(s.family == "over_smoothing" and s.smoothing == 0.98 for s in specs)
-        assert any(s.family == "label_aware_smoothing" and (s.smoothing, s.smoothing_tail) == (0.4, 0.1) for s in specs)
-
-    def test_heads_share_their_minibatches(self):
-        """Of 512 heads most are trained beside seven others or more."""
-        specs = [spec for spec in draw_specs(StageTwoConfig(), seed=0) if spec.family in TRAINED_FAMILIES]
-        together = Counter(shared_by(spec) for spec in specs)
-        assert sum(number for number in together.values() if number >= 8) > 0.8 * len(specs)
-
-    def test_closed_forms_alone_need_no_more_than_their_grid(self):
-        assert len(draw_specs(StageTwoConfig(heads=500, families=("tau_norm", "nearest_class_mean")), seed=0)) == 23
-
-    def test_values_stay_in_their_ranges_and_fill_them(self):
-        config = parse_config(
-            StageTwoConfig,
-            {
-                "heads": 300,
-                "families": ["crt", "logit_adjustment"],
-                "space": {
-                    "power": [0.2, 0.6],
-                    "tau": [0.0, 0.5],
-                    "lr": [0.5, 2],
-                    "weight_decay": [1e-5, 1e-3],
-                    "epochs": [3, 6],
-                },
-            },
-            "test",
-        )
-        specs = draw_specs(config, seed=0)
-        crt = [spec for spec in specs if spec.family == "crt"]
-        assert {spec.epochs for spec in crt} == {3, 4, 5, 6}
-        assert len({spec.power for spec in crt}) == 11 and {0.2, 0.6} < {spec.power for spec in crt}
-        for name in ("power", "lr", "weight_decay"):
-            low, high = getattr(config.space, name)
-            values = np.array([getattr(spec, name) for spec in crt])
-            assert low <= values.min() and values.max() <= high
-        logs = np.log([spec.lr for spec in crt])
-        quarters = np.histogram(logs, bins=4, range=np.log([0.5, 2]))[0]
-        assert quarters == pytest.approx(np.full(4, len(crt) / 4), abs=3)
-        assert max(spec.tau for spec in specs if spec.family == "logit_adjustment") == 0.5
-
-    def test_the_seed_decides(self):
-        config = StageTwoConfig(heads=64)
-        assert draw_specs(config, seed=1) == draw_specs(config, seed=1) != draw_specs(config, seed=2)
-
-    def test_blocks_keep_every_head_in_order(self):
-        specs = draw_specs(StageTwoConfig(heads=50), seed=0)
-        blocks = blocks_of(specs, 8)
-        assert [spec for block in blocks for spec in block] == specs
-        assert all(len(block) == 8 for block in blocks[:-1])
-
-    def test_a_range_that_is_turned_round_is_named(self):
-        with pytest.raises(UserError, match=r"test: space: .*lr = \[3, 1\] must be \[low, high\] within"):
-            parse_config(StageTwoConfig, {"space": {"lr": [3, 1]}}, "test")
 
 
 class TestSearch:
@@ -205,6 +138,7 @@ class TestSearch:
         summary = json.loads((tmp_path / "winner.json").read_text())
         assert summary["winner"] == result.winner and summary["heads"] == 60 and summary["failed"] == 0
 
+    @pytest.mark.long
     def test_a_finished_search_in_a_bucket_is_not_run_again(self, result, features, own, moto_s3):
         class Never(BlockTrial):
             def step(self):
@@ -214,9 +148,45 @@ class TestSearch:
         again = search_heads(features, own, NUM_CLASSES, self.config, 0, f"{moto_s3}/search", trial=Never)
         assert again.rows == first.rows == result.rows and again.winner == first.winner
 
+    def test_the_terminal_shows_the_best_of_each_family(self, ray_session, features, own, tmp_path, monkeypatch):
+        terminal = Console(file=io.StringIO(), force_terminal=True, width=160)
+        monkeypatch.setattr(cluster.progress, "console", terminal)
+        config = StageTwoConfig(heads=12, heads_per_trial=6, families=("crt", "tau_norm"), folds=1, seeds=1)
+        rows = search_heads(features, own, NUM_CLASSES, config, 0, str(tmp_path)).rows[1:]
+        told = terminal.file.getvalue().partition("stage two: heads of choice")[0]
+        last = told[told.rindex("stage two: search") :]
+        assert "12/12" in last and "best balanced accuracy on val" in last
+        for family, name in (("crt", "cRT"), ("tau_norm", "tau-norm")):
+            best = max(row["score"] for row in rows if row["family"] == family)
+            (line,) = [line for line in last.splitlines() if name in line]
+            assert f"{best:.3f}" in line and str(sum(row["family"] == family for row in rows)) in line
+
     def test_missing_features_are_named(self, own, tmp_path):
         with pytest.raises(UserError, match=rf"features {tmp_path} hold no features.json"):
             search_heads(tmp_path, own, NUM_CLASSES, self.config, 0, str(tmp_path / "search"))
+
+
+@pytest.mark.parametrize(("device", "asked"), [("cuda", {"cpu": 1.0, "gpu": 0.25}), ("cpu", {"cpu": 1.0})])
+def test_four_trials_share_a_gpu_where_there_is_one(own, tmp_path, monkeypatch, device, asked):
+    """From the run's device to what Tune is asked for, without a search between them."""
+    given, real = [], tune.with_resources
+    monkeypatch.setattr(tune, "with_resources", lambda trial, wants: given.append(wants) or real(trial, wants))
+    monkeypatch.setattr(cluster.launch, "start_ray", lambda settings: None)
+    monkeypatch.setattr(cluster.launch, "resolve_workers", lambda settings: (1, device))
+    monkeypatch.setattr(trainer.extraction, "fetch_checkpoint", lambda run, path: path)
+    monkeypatch.setattr(trainer.stage_checkpoint, "load_classifier", lambda *given: Namespace(own_head=lambda: own))
+
+    def make_tuner(*given, gpus_per_trial):
+        job = Job("features", [[HeadSpec("crt")]], own, 3, "balanced_accuracy", 1, str(tmp_path / "search"))
+        assert isinstance(_tuner(job, [0], gpus_per_trial, BlockTrial, None), tune.Tuner)
+        raise InterruptedError
+
+    monkeypatch.setattr(tuning.stage_two, "search_heads", make_tuner)
+    run = RunFolder(str(tmp_path))
+    run.write_json("stage_one/result.json", {"checkpoint": "stage_one/epoch-0000"})
+    with pytest.raises(InterruptedError):
+        search_stage_two(tiny_config(tmp_path, tmp_path), Namespace(classes=["a", "b", "c"]), run)
+    assert given == [asked]
 
 
 class TestTrialsThatDie:
@@ -292,15 +262,29 @@ def search_slowly(features, storage):
     return search_heads(features, own, NUM_CLASSES, parse_config(StageTwoConfig, SLOW, "slow"), 0, storage)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
-def test_a_stopped_search_goes_on_without_its_finished_trials(ray_session, features, tmp_path, how):
+def blocks_at(uri):
+    """The finished blocks; a block that was made again tells other seconds."""
+    storage = open_storage(uri)
+    return {stored.path: storage.read(stored.path) for stored in storage.list("heads-") if "/blocks/" in stored.path}
+
+
+@pytest.mark.parametrize(
+    ("how", "where"),
+    [
+        pytest.param(signal.SIGKILL, "folder", id="kill -9"),
+        pytest.param(signal.SIGINT, "folder", id="Ctrl-C", marks=pytest.mark.long),
+        pytest.param(signal.SIGKILL, "bucket", id="kill -9, bucket", marks=pytest.mark.long),
+    ],
+)
+def test_a_stopped_search_goes_on_without_its_finished_trials(ray_session, moto_s3, features, tmp_path, how, where):
     import ray
 
     address = ray.get_runtime_context().gcs_address
-    command = [sys.executable, "-c", DRIVER, address, str(features), str(tmp_path)]
+    uri = str(tmp_path) if where == "folder" else f"{moto_s3}/{tmp_path.name}"
+    command = [sys.executable, "-c", DRIVER, address, str(features), uri]
     driver = subprocess.Popen(command, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
-    while len(list(tmp_path.glob("heads-*/blocks/*.safetensors"))) < 3:
+    while len(blocks_at(uri)) < 3:
         assert driver.poll() is None and time.monotonic() < deadline, driver.stderr.read()
         time.sleep(0.01)
     driver.send_signal(how)
@@ -308,33 +292,9 @@ def test_a_stopped_search_goes_on_without_its_finished_trials(ray_session, featu
     assert driver.returncode == -signal.SIGKILL or (how == signal.SIGINT and b"KeyboardInterrupt" in errors)
 
     time.sleep(1)  # Ray's workers notice that their driver is gone
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("heads-*/blocks/*.safetensors")}
+    before = blocks_at(uri)
     assert 3 <= len(before) < 16
-    result = search_slowly(str(features), str(tmp_path))
-    after = {path: path.stat().st_mtime_ns for path in tmp_path.glob("heads-*/blocks/*.safetensors")}
+    result = search_slowly(str(features), uri)
+    after = blocks_at(uri)
     assert len(after) == 16 and before.items() <= after.items()
     assert [row["status"] for row in result.rows] == ["done"] * 49
-
-
-class TestChoice:
-    def row(self, number, score, f1=0.5, status="done"):
-        row = head_row(number, HeadSpec("tau_norm"), 0)
-        return row | {"status": status, "score": score, "balanced_accuracy": score, "macro_f1": f1, "worst_recall": 0.1}
-
-    def test_ties_go_to_the_other_metrics_and_then_to_the_first(self):
-        rows = [self.row(1, 0.6), self.row(2, 0.7), self.row(3, 0.7, f1=0.6), self.row(4, 0.7, f1=0.6)]
-        assert max(rows, key=rank)["head"] == 3
-        assert max(rows[::-1], key=rank)["head"] == 3
-
-    def test_a_failed_head_never_wins(self):
-        failed = self.row(1, None, status="failed")
-        assert max([failed, self.row(2, 0.0)], key=rank)["head"] == 2
-
-    def test_unfinished_or_damaged_results_are_named(self, tmp_path):
-        with pytest.raises(UserError, match=rf"search {tmp_path} holds no winner.json, so it is not finished; run"):
-            read_results(tmp_path)
-        head = Head(torch.ones(2, 3), torch.zeros(2))
-        write_results(tmp_path, SearchResult([self.row(0, 0.5)], {"tau_norm": head}, "tau_norm", "balanced_accuracy"))
-        (tmp_path / "results.parquet").write_bytes(b"PAR1")
-        with pytest.raises(UserError, match=rf"search {tmp_path} cannot be read \(.+\); delete it and run"):
-            read_results(tmp_path)

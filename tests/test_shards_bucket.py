@@ -9,7 +9,7 @@ from cluster.errors import UserError
 from data_pipeline.config import DataConfig
 from data_pipeline.dataset import open_dataset
 from data_pipeline.shard_cache import cache_folder
-from data_pipeline.shards import ShardReader
+from data_pipeline.shards import EARLY_THREADS, PREFETCH_THREADS, ShardReader
 from tests import faulty_s3
 from tests.packed import assert_reads_every_image, expected_image, read_row, write_packed
 
@@ -96,6 +96,52 @@ def test_images_come_by_range_while_their_shards_are_on_their_way(bucket, proxy,
     assert sum(span is not None for _, _, span in proxy.seen) == ranges_before
     whole = [path for method, path, span in proxy.seen if method == "GET" and path.endswith(".tar") and span is None]
     assert len(set(whole)) == len(whole) == len(dataset.shards)
+
+
+class Crowd:
+    """Counts who is there at a time, and tells when so many were there together."""
+
+    def __init__(self, wanted):
+        self.wanted, self.here, self.most = wanted, 0, 0
+        self.changed = threading.Condition()
+
+    def __enter__(self):
+        with self.changed:
+            self.here += 1
+            self.most = max(self.most, self.here)
+            self.changed.notify_all()
+
+    def __exit__(self, *_):
+        with self.changed:
+            self.here -= 1
+
+    def wait(self):
+        with self.changed:
+            self.changed.wait_for(lambda: self.most >= self.wanted, timeout=60)
+
+
+def test_many_ranges_and_several_shards_are_read_at_a_time(bucket, proxy, make_reader):
+    dataset, config = bucket
+    index = dataset.index("train")
+    ranges, shards = Crowd(EARLY_THREADS), Crowd(PREFETCH_THREADS)
+
+    def held_up(handler):
+        if handler.is_part_of_shard:
+            with ranges:
+                ranges.wait()
+        elif handler.is_whole_shard:
+            with shards:
+                shards.wait()
+                ranges.wait()  # else they would have come before they are read by range
+        faulty_s3.pass_on(handler)
+
+    proxy.rule = held_up
+    reader = make_reader(dataset, config)
+    reader.prefetch(range(len(dataset.shards)))
+    read = reader.read(list(zip(index.shard.tolist(), index.offset.tolist(), index.length.tolist(), strict=True)))
+    assert [data.tobytes() for data in read] == [expected_image(index, row) for row in range(len(index))]
+    reader.settle()
+    assert (ranges.most, shards.most) == (EARLY_THREADS, PREFETCH_THREADS)
 
 
 def test_a_range_that_is_not_what_the_shard_holds_is_found_out(bucket, proxy, make_reader):

@@ -32,6 +32,18 @@ def test_class_folders_give_label_key_and_a_group_of_its_own(tmp_path):
     assert all(sample.group == sample.name and str(sample.place) == str(tmp_path / sample.name) for sample in samples)
 
 
+def test_files_that_are_no_images_by_their_suffix_are_told(tmp_path, caplog):
+    folder_of(tmp_path, ["mel/a.jpg", "nv/b.jpg"])
+    (tmp_path / "mel" / ".hidden").write_bytes(b"")
+    assert len(read_source(SourceConfig(path=str(tmp_path)))) == 2 and not caplog.messages
+    for name in ("nv/c.heic", "readme.txt", "mel/d", "nv/Thumbs.db"):
+        (tmp_path / name).write_bytes(b"")
+    assert len(read_source(SourceConfig(path=str(tmp_path)))) == 2
+    (message,) = caplog.messages
+    said = f"passed over 4 files in {tmp_path} (mel/d, nv/Thumbs.db, nv/c.heic, ...), no image by its suffix; an image"
+    assert message.startswith(said) and message.endswith(".tif .tiff .webp")
+
+
 def test_keys_that_would_collide_are_told_apart_whatever_else_is_there(tmp_path):
     folder_of(tmp_path, ["a/x.jpg", "a/x.png", "a/y.z.jpg", "a/y_z.jpg", "b/X.jpg", "b/x.jpg", "b/q.jpg"])
     keys = {sample.name: sample.key for sample in read_source(SourceConfig(path=str(tmp_path)))}

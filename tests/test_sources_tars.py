@@ -4,6 +4,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import webdataset
 
 from cluster.errors import UserError
 from data_pipeline.config import DataConfig, SourceConfig
@@ -54,6 +55,18 @@ def test_braces_wildcards_and_folders_mean_the_same_shards(tmp_path, pattern_):
         shard(tmp_path / f"s-000{number}.tar", [(f"{number}_{i}", "ab"[i % 2]) for i in range(4)])
     samples = read_source(source(tmp_path / pattern_))
     assert [sample.key for sample in samples] == [f"{number}_{i}" for number in range(3) for i in range(4)]
+
+
+def test_shards_that_webdataset_itself_wrote(tmp_path):
+    images = [encoded(pattern(number)) for number in range(7)]
+    with webdataset.ShardWriter(str(tmp_path / "set-%03d.tar"), maxcount=3, verbose=0) as writer:
+        for number, image in enumerate(images):
+            writer.write({"__key__": f"p/{number}", "jpg": image, "cls": number % 3, "json": {"patient": f"P{number}"}})
+    samples = read_source(source(tmp_path / "set-{000..002}.tar", group_column="patient"))
+    assert [(sample.key, sample.label, sample.group) for sample in samples] == [
+        (f"p__{number}", str(number % 3), f"P{number}") for number in range(7)
+    ]
+    assert [sample.place.read() for sample in samples] == images
 
 
 def test_json_names_label_group_and_split(tmp_path):

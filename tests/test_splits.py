@@ -5,7 +5,7 @@ import pytest
 
 from cluster.errors import UserError
 from data_pipeline.config import SplitConfig
-from data_pipeline.splits import assign_splits, complete_splits, join_near_duplicates, near_pairs
+from data_pipeline.splits import assign_splits, complete_splits, join_near_duplicates, long_tail, near_pairs
 
 SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}
 
@@ -189,3 +189,40 @@ def test_a_hundred_thousand_hashes_are_not_compared_each_with_each():
     hashes = near_hashes(100_000)
     compared = sum(len(pairs) for pairs in near_pairs(np.unique(hashes), 2))
     assert 0 < compared < 1_000_000
+
+
+def a_set(counts, per_group=3):
+    """Labels, groups and keys of `counts` samples a class, `per_group` a patient."""
+    labels = np.repeat(np.arange(len(counts)), counts)
+    groups = np.array([f"{c}-{i // per_group}" for c, n in enumerate(counts) for i in range(n)], dtype=object)
+    return labels, groups, np.array([f"k{i:04d}" for i in range(len(labels))], dtype=object)
+
+
+def test_a_long_tail_falls_by_one_factor_from_the_commonest_class_to_the_rarest():
+    labels, groups, keys = a_set([300, 500, 400, 320])
+    stays = long_tail(labels, groups, keys, imbalance=50, seed=0)
+    # By rank of the class: 500, 500 / 50^(1/3), 500 / 50^(2/3), 500 / 50; classes 1, 2, 3, 0.
+    assert np.bincount(labels[stays]).tolist() == [10, 500, 136, 37]
+
+
+def test_a_class_with_less_than_its_place_in_the_tail_keeps_all_and_none_is_emptied():
+    labels, groups, keys = a_set([20, 4, 3])
+    assert np.bincount(labels[long_tail(labels, groups, keys, 2, 0)]).tolist() == [20, 4, 3]
+    assert np.bincount(labels[long_tail(labels, groups, keys, 1000, 0)]).tolist() == [20, 1, 1]
+
+
+def test_a_long_tail_takes_whole_patients_but_the_last():
+    labels, groups, keys = a_set([300, 200, 100], per_group=7)
+    stays = long_tail(labels, groups, keys, imbalance=10, seed=0)
+    for c in range(3):
+        kept = np.array([stays[groups == name].sum() for name in np.unique(groups[labels == c])])
+        whole = np.array([(groups == name).sum() for name in np.unique(groups[labels == c])])
+        assert ((kept > 0) & (kept < whole)).sum() <= 1
+
+
+def test_a_long_tail_follows_from_the_seed_and_not_from_the_order():
+    labels, groups, keys = a_set([90, 60, 30])
+    first = long_tail(labels, groups, keys, 10, 3)
+    order = np.random.default_rng(1).permutation(len(labels))
+    np.testing.assert_array_equal(long_tail(labels[order], groups[order], keys[order], 10, 3), first[order])
+    assert (long_tail(labels, groups, keys, 10, 4) != first).any()

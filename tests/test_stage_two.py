@@ -92,6 +92,20 @@ def test_a_small_memory_budget_changes_nothing(own):
         assert torch.allclose(wide.weight, narrow.weight, rtol=0, atol=1e-5 * float(wide.weight.abs().max()))
 
 
+def test_heads_of_ten_thousand_classes_are_trained_few_at_a_time():
+    """What a head holds grows with the classes: weight, velocity and four arrays of logits of a minibatch."""
+    classes, dim = 10_000, 4
+    x, labels = np.random.default_rng(0).normal(size=(classes, dim)).astype(np.float32), np.arange(classes)
+    own, counts = Head(torch.zeros(classes, dim), torch.zeros(classes)), np.ones(classes)
+    specs = [HeadSpec("crt", power=0.0, lr=lr, epochs=1, batch_size=500) for lr in (1.0, 2.0, 3.0)]
+    budget = 2 * 2 * classes * (2 * dim + 4 * 500) * 4  # of two heads, in its half
+    data = TrainingSet(x, labels, counts, memory_bytes=budget)
+    assert heads_that_fit(data, 500) == 2
+    for spec, head in zip(specs, make_heads(specs, data, own), strict=True):
+        alone = make_heads([spec], data, own)[0]
+        assert torch.allclose(head.weight, alone.weight, rtol=0, atol=1e-5 * float(alone.weight.abs().max()))
+
+
 def test_features_in_a_read_only_float16_memory_map(own, tmp_path):
     x, labels = clusters()
     np.save(tmp_path / "x.npy", x.astype(np.float16))
@@ -160,12 +174,22 @@ class TestSampleOrders:
         shares = np.sqrt([60, 20, 4]) / np.sqrt([60, 20, 4]).sum()
         assert [seen[rows].sum() / seen.sum() for rows in self.rows] == pytest.approx(list(shares), abs=0.01)
 
+    def test_progressive_sampling_goes_from_natural_to_its_power_in_equal_steps(self):
+        natural, balanced = np.array([60, 20, 4]) / 84, np.full(3, 1 / 3)
+        epochs = islice(sample_orders(self.rows, 0.0, 0, progressive_epochs=5), 7)
+        for order, share in zip(epochs, (0, 0.25, 0.5, 0.75, 1, 1, 1), strict=True):
+            served = [np.isin(order, rows).sum() for rows in self.rows]
+            assert served == pytest.approx(84 * ((1 - share) * natural + share * balanced), abs=1)
+
     def test_the_order_follows_from_the_seed(self):
         assert np.array_equal(self.epochs(0.5, 3)[2], self.epochs(0.5, 3)[2])
         assert not np.array_equal(self.epochs(0.5, 1)[0], self.epochs(0.5, 1, seed=1)[0])
 
 
-def test_predict_is_each_head_s_argmax(own):
+@pytest.mark.parametrize("stack_bytes", [1, 2 * 4 * NUM_CLASSES * DIM, 2**28])
+def test_predict_is_each_head_s_argmax(own, monkeypatch, stack_bytes):
+    """However many of them are put side by side."""
+    monkeypatch.setattr("trainer.stage_two._STACK_BYTES", stack_bytes)
     x, labels = clusters()
     heads = train_heads([*many_specs()[:9], HeadSpec("nearest_class_mean", normalise=True)], x, labels, COUNTS, own)
     expected = [head.logits(torch.from_numpy(x)).argmax(dim=1).numpy() for head in heads]
