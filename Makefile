@@ -3,16 +3,23 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all check format clean
+.PHONY: demo test test-turn test-all test-lab check format docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/rarelens demo --out demo
 
 test: $(VENV)/installed-test
-	tests/sealed.sh $(BIN)/python -m pytest -m "not long"
+	tests/sealed.sh $(BIN)/python -m pytest -m "not long and not lab" -n 2 --dist loadfile
+
+# A share of the long tests, another one with each TURN.
+test-turn: $(VENV)/installed-test
+	tests/sealed.sh $(BIN)/python -m pytest -m "long and not soak" --turn $(TURN)
 
 test-all: $(VENV)/installed-test
-	tests/sealed.sh $(BIN)/python -m pytest
+	tests/sealed.sh $(BIN)/python -m pytest -m "not lab"
+
+test-lab: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m lab -x -s tests/lab
 
 check: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -22,6 +29,9 @@ check: $(VENV)/installed-test
 format: $(VENV)/installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/installed
+	$(BIN)/rarelens settings --markdown > docs/configuration.md
 
 clean:
 	rm -rf $(VENV) demo

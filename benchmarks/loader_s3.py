@@ -73,9 +73,9 @@ def s3_server() -> Iterator[str]:
 
 
 @contextmanager
-def throttled(address: str, bytes_per_s: float) -> Iterator[str]:
-    """Address at which the same server answers, slower."""
-    command = [sys.executable, str(Path(__file__).parent / "throttle.py"), address, str(bytes_per_s)]
+def throttled(address: str, bytes_per_s: float, direction: str = "down") -> Iterator[str]:
+    """Address at which the same server answers, slower; `up`: what is sent to it goes slower."""
+    command = [sys.executable, str(Path(__file__).parent / "throttle.py"), address, str(bytes_per_s), direction]
     proxy = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert proxy.stdout is not None

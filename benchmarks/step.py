@@ -28,7 +28,8 @@ from torch import multiprocessing
 from torch.nn.functional import cross_entropy
 
 from benchmarks.common import Times, quiet_time, record
-from cluster.launch import Worker, keep_freed_memory
+from cluster.launch import keep_freed_memory
+from cluster.worker import Worker
 from data_pipeline.loader import Batch
 from trainer.config import TrainerConfig
 from trainer.losses.base import Pool
@@ -73,7 +74,7 @@ def run(world: int, args: argparse.Namespace) -> Times:
     """The rounds' times on rank 0 of so many workers."""
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(on_rank, (world, args, folder), nprocs=world)
-        return torch.load(Path(folder) / "times.pt", weights_only=False)
+        return Times(torch.load(Path(folder) / "times.pt", weights_only=True))
 
 
 def on_rank(rank: int, world: int, args: argparse.Namespace, folder: str) -> None:
@@ -89,7 +90,7 @@ def on_rank(rank: int, world: int, args: argparse.Namespace, folder: str) -> Non
         rivals["ddp"] = bare(rank, world, args, distributed=True)
     times = quiet_time({name: together(rival) for name, rival in rivals.items()}, args.rounds, warm_up=2)
     if rank == 0:
-        torch.save(times, Path(folder) / "times.pt")
+        torch.save(times.seconds, Path(folder) / "times.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -130,6 +131,7 @@ def batches(rank: int, world: int, args: argparse.Namespace) -> list[Batch]:
 
 def loop(rank: int, world: int, args: argparse.Namespace) -> Callable[[], None]:
     """A run's own steps."""
+    from trainer.stage_checkpoint import CheckpointClock
     from trainer.stage_one import train_epoch
     from trainer.step_log import StepLog
     from trainer.trainee import build_trainee
@@ -142,25 +144,22 @@ def loop(rank: int, world: int, args: argparse.Namespace) -> Callable[[], None]:
         def __init__(self) -> None:
             self.batches = batches(rank, world, args)
 
-        def epoch(self, epoch: int) -> Iterator[Batch]:
+        def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
             for step in range(args.steps):
                 batch = self.batches[step % FIRST_BATCHES]
                 batch.step, batch.epoch = step, epoch
                 yield batch
 
-    class Silent(Worker):
-        def tell(self, message: dict[str, Any]) -> None:
-            """Ray's message takes no time that the loop waits for."""
-
     config, loader = settings(args), InMemory()
-    worker = Silent(rank, world, "cpu", _mailbox=None)
+    worker = Worker(rank, world, "cpu")  # a silent one: Ray's messages take no time that the loop waits for
     counts = np.full(NUM_CLASSES, args.batch_size)
     trainee = build_trainee(worker, config, counts, loader, torch.device("cpu"))  # type: ignore[arg-type]
     classes = tuple(str(number) for number in range(NUM_CLASSES))
-    log = StepLog(worker, loader, config.stage_one, classes)  # type: ignore[arg-type]
+    log = StepLog(worker, trainee.told, loader, config.stage_one, classes)  # type: ignore[arg-type]
     trainee.engine.train()
     epoch = iter(range(10**6))
-    return lambda: train_epoch(worker, trainee, config, next(epoch), log)
+    clock = CheckpointClock(worker, config.stage_one.model_copy(update={"checkpoint_every_minutes": None}))
+    return lambda: train_epoch(worker, trainee, config, next(epoch), log, clock)
 
 
 def bare(rank: int, world: int, args: argparse.Namespace, distributed: bool = False) -> Callable[[], None]:

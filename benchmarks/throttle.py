@@ -1,6 +1,6 @@
-"""A TCP proxy that lets so many bytes a second through to its clients, all of them together.
+"""A TCP proxy that lets so many bytes a second through to its clients, or from them, all of them together.
 
-    python benchmarks/throttle.py HOST:PORT BYTES_PER_S
+    python benchmarks/throttle.py HOST:PORT BYTES_PER_S [down|up]
 
 Prints the port that it listens on (loopback), then serves until it is killed. A process of its own, so that it takes
 none of the measured process's Python lock.
@@ -51,13 +51,14 @@ def pump(source: socket.socket, target: socket.socket, budget: Budget | None) ->
 
 def main() -> None:
     host, _, port = sys.argv[1].partition(":")
-    budget = Budget(float(sys.argv[2]))
+    budget, uploads = Budget(float(sys.argv[2])), sys.argv[3:] == ["up"]
+    up, down = (budget, None) if uploads else (None, budget)
     server = socket.create_server(("127.0.0.1", 0))
     print(server.getsockname()[1], flush=True)
     while True:
         client, _ = server.accept()
         upstream = socket.create_connection((host, int(port)))
-        for arguments in ((client, upstream, None), (upstream, client, budget)):
+        for arguments in ((client, upstream, up), (upstream, client, down)):
             threading.Thread(target=pump, args=arguments, daemon=True).start()
 
 
