@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-turn test-all test-lab check format docs clean
+.PHONY: demo test test-failed test-turn test-all test-lab check format docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/rarelens demo --out demo
 
 test: $(VENV)/installed-test
 	tests/sealed.sh $(BIN)/python -m pytest -m "not long and not lab" -n 2 --dist loadfile
+
+# What failed last, each by itself: does it fail without other tests beside it?
+test-failed: $(VENV)/installed-test
+	tests/sealed.sh $(BIN)/python -m pytest -m "not long and not lab" --last-failed --last-failed-no-failures none
 
 # A share of the long tests, another one with each TURN.
 test-turn: $(VENV)/installed-test
