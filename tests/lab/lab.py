@@ -84,9 +84,13 @@ def power_on(host: str) -> None:
     _provide(host)
 
 
-def join(host: str) -> None:
-    """Start Ray on a host that had lost it."""
-    on(host, "ray start --address=10.77.0.1:6379 --num-cpus=1 --object-store-memory=200000000")
+def rejoined(number: int = 3) -> float:
+    """Wait until all hosts are in the cluster, and say for how long.
+
+    The head's autoscaler starts Ray by ssh on a host that it has lost, and stops first what runs there: a `ray start`
+    of one's own beside it is killed.
+    """
+    return within(300, lambda: alive() == number, every_s=1)
 
 
 def _provide(host: str) -> None:
