@@ -2,9 +2,9 @@
 
     tests/sealed.sh python benchmarks/scaling.py --json scaling.json
 
-Measured first, each constant on its own: the network's rate on one core alone and with a second process beside it, the
-decoder's core seconds, gloo's latency and bandwidth between two processes, what a step in memory takes beside forward
-and backward. The prediction is made of these before the loop runs. The loop is stage one's (`train_on_worker`:
+Measured first, each constant on its own: what a step in memory costs for each image and whatever their number, the
+network's rate with a second process beside it, the decoder's core seconds, gloo's latency and bandwidth between two
+processes. The prediction is made of these before the loop runs. The loop is stage one's (`train_on_worker`:
 loader, network, pool, engine), from a drawn dataset in a folder, a thread a worker. More workers than cores share them.
 Rates are in core seconds and the loop's is the best that was seen: both are least distorted by a machine's other load.
 
@@ -118,16 +118,19 @@ def constants(config: Config, num_classes: int) -> Machine:
     (alone,) = run_gloo(rate_of, 1, config, num_classes)
     together = statistics.fmean(run_gloo(rate_of, 2, config, num_classes))
     latency_s, bytes_per_s = run_gloo(link, 2)[0]
-    (step_s,) = run_gloo(engine_step_s, 1, config, num_classes)
-    batch = config.stage_one.batch_size
+    # More workers have fewer images each: what a step costs whatever their number is told apart by two numbers of them.
+    many = config.stage_one.batch_size
+    few = many // 4
+    (many_s,), (few_s,) = (run_gloo(engine_step_s, 1, config, num_classes, size) for size in (many, few))
+    image_s = (many_s - few_s) / (many - few)
     return replace(
         CPU,
-        images_per_s=alone,
+        images_per_s=1 / image_s,
         crowded_rate=min(1.0, together / alone),
         decode_images_per_s_core=decode_rate(config.data),
         link_latency_s=latency_s,
         link_bytes_per_s=bytes_per_s,
-        step_overhead_s=max(0.0, step_s - batch / alone),
+        step_overhead_s=max(0.0, many_s - many * image_s),
     )
 
 
@@ -137,8 +140,8 @@ def rate_of(rank: int, world: int, config: Config, num_classes: int) -> float:
     return network_rate(config, "cpu", num_classes)
 
 
-def engine_step_s(rank: int, world: int, config: Config, num_classes: int) -> float:
-    """Core seconds of a whole step on images in memory: forward, losses, backward, optimiser."""
+def engine_step_s(rank: int, world: int, config: Config, num_classes: int, size: int) -> float:
+    """Core seconds of a whole step on `size` images in memory: forward, losses, backward, optimiser."""
     import numpy as np
 
     from data_pipeline.loader import Batch
@@ -158,7 +161,6 @@ def engine_step_s(rank: int, world: int, config: Config, num_classes: int) -> fl
     metric_loss = build_metric_loss(stage.loss, num_classes, config.model.embedding_dim, counts)
     objective = Objective(stage, build_classification_loss(stage.classification, counts), metric_loss)
     engine = Engine(model, stage, world, "cpu", metric_loss)
-    size = stage.batch_size
     images = torch.randn(size, 3, px, px).contiguous(memory_format=torch.channels_last)
     batch = Batch(images, torch.arange(size) % num_classes, np.arange(size), [""] * size, 0, 0, None, np.arange(size))
 
