@@ -14,9 +14,9 @@ from cluster.errors import UserError
 from cluster.storage import open_storage
 from tuning.config import Config
 from tuning.proposals import Proposals, most_epochs, named, random_choices, scheduler
-from tuning.settings import search_space
+from tuning.settings import search_space, trained_epochs
 from tuning.stage_one import _run_round, _watched, _Watcher, search_stage_one
-from tuning.trial import TRIAL, TrialJob, TrialsSoFar, judged_epochs, run_trial, trained_epochs, trial_name
+from tuning.trial import TRIAL, TrialJob, TrialsSoFar, judged_epochs, run_trial, trial_name
 from tuning.trials_table import TrialRow, best_trial
 
 WEIGHT = "stage_one.loss.weight"
@@ -152,7 +152,7 @@ class TestEpochsThatAreSearched:
             storage = open_storage(tmp_path / name)
             storage.write("choices.json", json.dumps(choices).encode())
             storage.write("scores.json", json.dumps([line(epochs, 0.5)]).encode())
-            assert trained_epochs(config, choices) == choices["stage_one.epochs"]
+            assert trained_epochs(config.stage_one.epochs, choices) == choices["stage_one.epochs"]
         assert {seen.trial: seen.status for seen in TrialsSoFar(job).rows()} == {"short": "done", "long": "under way"}
         open_storage(tmp_path / "long").write("stopped.json", b"true")
         assert {seen.trial: seen.status for seen in TrialsSoFar(job).rows()} == {"short": "done", "long": "stopped"}

@@ -206,6 +206,7 @@ def test_a_search_tells_of_its_trials(run_anywhere):
         ("to-the-end", {"stage_one.loss.weight": 0.3}, 8),
         ("shorter", {"stage_one.epochs": 4}, 4),
         ("longer", {"stage_one": {"epochs": 16}}, 8),
+        ("default", {"stage_one": {}}, 8),  # of a section that says nothing, 20
         ("behind", {}, 2),
         ("under-way", {}, 2),
         ("begun", {}, None),

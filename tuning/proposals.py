@@ -18,8 +18,8 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 
 from tuning.config import Config, Range
-from tuning.settings import search_space, tune_space
-from tuning.trial import TRIAL, judged_epochs, trained_epochs, trial_name
+from tuning.settings import search_space, trained_epochs, tune_space
+from tuning.trial import TRIAL, judged_epochs, trial_name
 from tuning.trials_table import ENDED, TrialRow
 
 METRIC, MODE = "score", "max"
@@ -138,7 +138,7 @@ def most_epochs(config: Config) -> int:
     for name in space.keys() & {"stage_one", "stage_one.epochs"}:
         wanted = space[name]
         values = wanted.choice or wanted.integers or wanted.uniform or wanted.log_uniform or ()
-        longest = [trained_epochs(config, {name: value}) for value in values]
+        longest = [trained_epochs(config.stage_one.epochs, {name: value}) for value in values]
     return max(longest)
 
 

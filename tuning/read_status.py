@@ -23,6 +23,7 @@ from cluster.run import CONFIG_FILE, LOG_FILE, parse_log, without_repeats
 from cluster.storage import Storage, open_storage
 from tuning.config import Config
 from tuning.cross_validation import RESULT_FILE
+from tuning.settings import trained_epochs
 from tuning.status import Checkpoint, Incident, Process, Status, Training
 from tuning.study_layout import CELLS, CELLS_FILE, PREDICTIONS, ROWS_FILE, search_name
 
@@ -221,7 +222,7 @@ class _Folder:
             return True
         with suppress(UserError, ValueError, LookupError, TypeError, AttributeError):  # not judged yet, or damaged
             choices, said = (json.loads(self.storage.read(f"{trial}/{name}.json")) for name in ("choices", "scores"))
-            return bool(said[-1]["epochs"] == (self.config | flatten(choices))["stage_one.epochs"])
+            return bool(said[-1]["epochs"] == trained_epochs(self.config["stage_one.epochs"], choices))
         return False
 
     def heads(self) -> dict[str, int] | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from cluster.config import flatten, nearest, parse_config
 from cluster.errors import UserError
+from trainer.config import StageOneConfig
 from tuning.config import Config, Range
 
 # The ranges follow the sweeps of arXiv 2207.06975's code and of the losses' own papers.
@@ -116,6 +117,22 @@ def with_choices(config: Config, choices: Mapping[str, Any], where: str = "searc
             section = section[parent]
         section[leaf] = value
     return parse_config(Config, values, where)
+
+
+def trained_epochs(configured: int, choices: Mapping[str, Any]) -> int:
+    """After how many epochs a trial with these choices has been trained to the end.
+
+    Args:
+        configured: Epochs of the configuration over which the choices are laid.
+        choices: Setting -> value.
+    """
+    epochs: Any = configured
+    for name, value in choices.items():
+        if name == "stage_one":  # a whole section, which has its default where it says nothing
+            epochs = value.get("epochs", StageOneConfig.model_fields["epochs"].default)
+        elif name == "stage_one.epochs":
+            epochs = value
+    return int(epochs)
 
 
 def tune_space(space: Mapping[str, Range]) -> dict[str, Any]:

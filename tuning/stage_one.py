@@ -22,8 +22,8 @@ from cluster.progress import progress_bar
 from cluster.storage import open_storage, worker_environment
 from tuning.config import Config
 from tuning.rounds import new_experiment
-from tuning.settings import search_space
-from tuning.trial import STOPPED_FILE, TRIAL, TrialJob, TrialsSoFar, read_scores, run_trial, trained_epochs
+from tuning.settings import search_space, trained_epochs
+from tuning.trial import STOPPED_FILE, TRIAL, TrialJob, TrialsSoFar, read_scores, run_trial
 from tuning.trials_table import BEST_FILE, ENDED, FOLDER, TrialRow, trials_table, write_trials
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def _row(job: TrialJob, result: Any) -> TrialRow:
     """A trial by what lies in its own folder; Tune only tells its name, its choices and why it failed."""
     trial, choices = result.config[TRIAL]["name"], result.config[TRIAL]["choices"]
     lines = read_scores(open_storage(f"{job.folder_uri}/{trial}"))
-    ended = lines and lines[-1]["epochs"] == trained_epochs(job.config, choices)
+    ended = lines and lines[-1]["epochs"] == trained_epochs(job.config.stage_one.epochs, choices)
     row = TrialRow.of(trial, dict(choices), lines, "done" if ended else "stopped" if lines else "failed")
     if result.error is not None:
         said = str(result.error).strip().splitlines() or [type(result.error).__name__]
@@ -195,7 +195,7 @@ class _Watcher(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial has ended, or ASHA has ended it."""
         given, epochs = trial.config[TRIAL], trial.last_result.get("epochs")
-        if epochs is None or epochs >= trained_epochs(self.job.config, given["choices"]):
+        if epochs is None or epochs >= trained_epochs(self.job.config.stage_one.epochs, given["choices"]):
             return
         with suppress(UserError):  # unmarked it is compared once more, should the search be taken up again
             open_storage(f"{self.job.folder_uri}/{given['name']}").write(STOPPED_FILE, b"true")

@@ -30,7 +30,7 @@ from trainer.stage_two import make_heads, predict
 from tuning.choice import Judge
 from tuning.config import Config, StageTwoConfig
 from tuning.folds import number_of_folds, training_sets
-from tuning.settings import with_choices
+from tuning.settings import trained_epochs, with_choices
 from tuning.space import draw_specs
 from tuning.trials_table import TrialRow
 
@@ -71,17 +71,6 @@ def trial_name(choices: Mapping[str, Any], taken: Container[str] = ()) -> str:
         number += 1
         name = f"{first}-{number}"
     return name
-
-
-def trained_epochs(config: Config, choices: Mapping[str, Any]) -> int:
-    """After how many epochs a trial with these choices has been trained to the end."""
-    epochs: Any = config.stage_one.epochs
-    for name, value in choices.items():
-        if name == "stage_one":  # a whole section, which has its default where it says nothing
-            epochs = value.get("epochs", type(config.stage_one).model_fields["epochs"].default)
-        elif name == "stage_one.epochs":
-            epochs = value
-    return int(epochs)
 
 
 def judged_epochs(config: Config, epochs: int | None = None) -> list[int]:
@@ -183,7 +172,7 @@ class TrialsSoFar:
 
     def _row(self, name: str, files: Mapping[str, Any]) -> TrialRow:
         choices, lines = files[CHOICES_FILE], files.get(SCORES_FILE, [])
-        ended = bool(lines) and lines[-1]["epochs"] == trained_epochs(self._config, choices)
+        ended = bool(lines) and lines[-1]["epochs"] == trained_epochs(self._config.stage_one.epochs, choices)
         status = "done" if ended else "stopped" if STOPPED_FILE in files else "under way"
         return TrialRow.of(name, choices, lines, status)
 

@@ -25,7 +25,7 @@ S3 = {
     "AWS_DEFAULT_REGION": "us-east-1",
     "AWS_EC2_METADATA_DISABLED": "true",
 }
-OWN_CACHE = {"XDG_CACHE_HOME": "/root/own-cache"}  # the hosts' other folders below /root are their own, .cache is not
+OWN_CACHE = {"XDG_CACHE_HOME": "~/own-cache"}  # of each host; ~/.cache is shared by all
 
 
 def hosts(*arguments: str, check: bool = True, timeout_s: float = 120) -> str:
