@@ -72,6 +72,7 @@ def ray_session(moto_s3: str) -> Iterator[None]:
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
         patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("MALLOC_ARENA_MAX", "1")  # as `cluster.launch.start_ray`
         patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")  # ninja, for DeepSpeed
         patch.delenv("RAY_ADDRESS", raising=False)
         import ray

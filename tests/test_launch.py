@@ -3,10 +3,14 @@
 import json
 import os
 import re
+import resource
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cluster.checkpoint import write_manifest
@@ -15,6 +19,7 @@ from cluster.driver import why_lost
 from cluster.errors import UserError
 from cluster.launch import _say_once, resolve_workers, run_workers
 from cluster.worker import Worker
+from tests.drivers import ROOT
 
 CLUSTER = ClusterConfig(workers=2, device="cpu", cpus_per_worker=0.5, max_failures=2)
 
@@ -239,6 +244,34 @@ def test_auto_on_a_cluster_that_has_no_gpu_yet_asks_for_a_number(monkeypatch):
 
 def say_the_world(worker: Worker) -> None:
     worker.tell({"world": worker.world})
+
+
+def say_what_freeing_gives_back(worker: Worker) -> None:
+    def resident_pages() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1])
+
+    taken = [np.ones(2**20) for _ in range(32)]  # 8 MiB each
+    held = resident_pages()
+    taken.clear()
+    worker.tell({"given_back_mib": (held - resident_pages()) * resource.getpagesize() / 2**20})
+
+
+def test_workers_keep_what_a_step_frees_although_ray_trains_in_a_thread(tmp_path):
+    """In a Ray that the program starts; the test session's has the same environment by its own hand."""
+    script = f"""
+from cluster.launch import run_workers
+from tests.test_launch import CLUSTER, say_what_freeing_gives_back as say
+one = CLUSTER.model_copy(update={{"workers": 1}})
+run_workers(say, {{}}, name="n", run_uri={str(tmp_path)!r}, cluster=one, on_message=lambda said: print(said))
+"""
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
+    for name in ("RAY_ADDRESS", "MALLOC_ARENA_MAX"):
+        environment.pop(name, None)
+    ended = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True, timeout=120
+    )
+    (said,) = re.findall(r"'given_back_mib': ([\d.-]+)", ended.stdout)
+    assert float(said) < 64, "of 256"
 
 
 def test_between_the_least_and_the_most_there_are_as_many_workers_as_there_is_room_for(ray_session, tmp_path):
