@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -57,6 +58,20 @@ def test_probabilities_come_back_and_are_the_calibrated_softmax(tmp_path, normal
     assert probabilities.dtype == torch.float32
     with torch.no_grad():
         torch.testing.assert_close(loaded.embed(images), network(images).embeddings)
+
+
+def test_mirrors_come_back(tmp_path):
+    network, head, description = _parts()
+    mirrored = build_model(CONFIG.model_copy(update={"weights": None, "mirrors": "both"}), len(CLASSES), 32)
+    mirrored.load_state_dict(network.state_dict())
+    description = replace(description, model=CONFIG.model_copy(update={"mirrors": "both"}))
+    save_model(tmp_path / "model", mirrored.eval(), head, description)
+    loaded, images = load_model(tmp_path / "model"), torch.randn(5, 3, 32, 32)
+    assert loaded.description.model.mirrors == "both"
+    said = loaded.predict_proba(images)
+    torch.testing.assert_close(loaded.predict_proba(images.flip(2)), said)
+    save_model(tmp_path / "plain", network, head, replace(description, model=CONFIG))
+    assert not torch.allclose(load_model(tmp_path / "plain").predict_proba(images), said)
 
 
 def test_description_comes_back_with_its_provenance(tmp_path):

@@ -188,6 +188,7 @@ def test_features_are_kept_until_something_that_decides_them_changes(ray_session
         "views": {"features": FeaturesConfig(views=3)},
         "seed": {"seed": 1},
         "size": {"data": DATA.model_copy(update={"image_px": 48})},
+        "mirrors": {"model": config.model.model_copy(update={"mirrors": "horizontal"})},
         "augmentation": {"data": DATA.model_copy(update={"augment": AugmentConfig(flip_vertical=True)})},
     }
     for name, change in changes.items():

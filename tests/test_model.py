@@ -48,6 +48,29 @@ def test_output_is_the_parts_put_together():
     torch.testing.assert_close(out.embeddings, embeddings / embeddings.norm(dim=1, keepdim=True))
 
 
+@pytest.mark.parametrize(("mirrors", "turns"), [("none", [()]), ("horizontal", [(), (3,)]), ("both", 4)])
+def test_outside_training_features_are_the_mean_over_mirror_images(mirrors, turns):
+    model = build_model(_config(mirrors=mirrors), 3, 32).eval()
+    images = _images()
+    turns = [(), (3,), (2,), (2, 3)] if turns == 4 else turns
+    expected = torch.stack([model.backbone(images.flip(dims)) for dims in turns]).mean(0)
+    out = model(images)
+    torch.testing.assert_close(out.features, expected)
+    for dims in turns:
+        torch.testing.assert_close(model(images.flip(dims)).logits, out.logits)
+    assert len(turns) == 4 or not torch.allclose(model.features(images.flip(2)), out.features)
+
+
+def test_training_sees_each_image_once():
+    models = []
+    for mirrors in ("none", "both"):
+        torch.manual_seed(0)
+        models.append(build_model(_config(mirrors=mirrors), 3, 32).train())
+    plain, mirrored = (model(_images()) for model in models)
+    assert torch.equal(plain.features, mirrored.features)
+    assert torch.equal(models[0].backbone.bn1.running_var, models[1].backbone.bn1.running_var)
+
+
 def test_embeddings_are_raw_on_request():
     model = build_model(_config(), 3, 32, normalise=False).eval()
     out = model(_images())

@@ -29,7 +29,7 @@ SIZES = ((100, 100), (450, 600), (90, 33))  # of which resizing leaves no ties t
 
 def save(folder, temperature=1.5):
     torch.manual_seed(0)
-    config = ModelConfig(backbone="test_resnet", hidden_dim=8, embedding_dim=4)
+    config = ModelConfig(backbone="test_resnet", hidden_dim=8, embedding_dim=4, mirrors="horizontal")
     network = build_model(config, len(CLASSES), PX)
     for _ in range(5):
         network(torch.randn(16, 3, PX, PX))

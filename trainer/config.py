@@ -35,6 +35,11 @@ class ModelConfig(Section):
     cosine_scale: float | None = Field(
         None, gt=0, description="Cosine classifier: logits are this times the cosine; none = linear classifier"
     )
+    mirrors: Literal["none", "horizontal", "both"] = Field(
+        "none",
+        description="Outside training, features are the mean over an image and its mirror images: horizontal = left to "
+        "right, two forward passes an image; both = top to bottom too, four. For images that have no side",
+    )
     checkpoint_activations: bool = Field(
         False, description="Recompute the backbone's activations in backward: less memory, about a third more time"
     )

@@ -130,7 +130,7 @@ def save_model(
     values: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "architecture": {
-            **description.model.model_dump(include={"backbone", "hidden_dim", "embedding_dim"}),
+            **description.model.model_dump(include={"backbone", "hidden_dim", "embedding_dim", "mirrors"}),
             "normalised_embedding": network.normalise,
             "normalised_features": head.normalise,
         },
@@ -203,6 +203,7 @@ def _build(values: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Classifi
         backbone=architecture["backbone"],
         hidden_dim=architecture["hidden_dim"],
         embedding_dim=architecture["embedding_dim"],
+        mirrors=architecture.get("mirrors", "none"),
     )
     description = ModelDescription(
         model=config,

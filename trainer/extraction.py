@@ -120,6 +120,8 @@ def made_with(config: TrainerConfig, dataset: Dataset, splits: Sequence[str]) ->
     data, views = config.data, max(views_of(config, split) for split in splits)
     decides: dict[str, Any] = {"dataset": dataset.fingerprint, "views": views}
     decides |= {"image_px": data.image_px, "resize_ratio": data.resize_ratio}
+    if config.model.mirrors != "none":
+        decides["mirrors"] = config.model.mirrors
     if views > 1:
         decides |= {"seed": config.seed, "augment": data.augment.model_dump(mode="json")}
     return decides

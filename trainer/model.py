@@ -6,6 +6,7 @@ Shapes: B images, px side of an image, F features of the backbone, D embedding d
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,14 @@ from trainer.classifiers import CosineLinear, UnitLinear, at_least_float32
 from trainer.config import ModelConfig
 from trainer.heads import Head
 from trainer.weights import load_backbone, one_line
+
+
+MIRRORED_DIMS: dict[str, tuple[tuple[int, ...], ...]] = {
+    "none": (),
+    "horizontal": ((3,),),
+    "both": ((3,), (2,), (2, 3)),
+}
+"""Mirror images of [B, 3, px, px] beside the image itself, by the dimensions that are turned round."""
 
 
 class Output(NamedTuple):
@@ -34,7 +43,7 @@ class Classifier(nn.Module):
         backbone: Module that turns [B, 3, px, px] into [B, F].
         feature_dim: F.
         num_classes: C.
-        config: Widths of the embedding head, dropout, kind of classifier, batch-norm freezing.
+        config: Widths of the embedding head, dropout, kind of classifier, batch-norm freezing, mirrors.
         normalise: Embeddings of unit length.
     """
 
@@ -57,17 +66,21 @@ class Classifier(nn.Module):
             self.classifier = CosineLinear(feature_dim, num_classes, config.cosine_scale)
         self.feature_dim = feature_dim
         self.normalise = normalise
+        self.mirrored = MIRRORED_DIMS[config.mirrors]
         self.freeze_batch_norm = config.freeze_batch_norm
         self.checkpoint_activations = config.checkpoint_activations
 
     def features(self, images: Tensor) -> Tensor:
         """Pooled backbone output [B, F] of images [B, 3, px, px], in the weights' dtype unless autocast chooses.
 
-        Convolutions run channels-last: a third faster on the CPU, and what tensor cores want.
+        Outside training it is the mean over an image and its mirror images, where the configuration asks for them (as
+        the ten crops of Krizhevsky et al. 2012, section 4.1, but of features, so that one head serves all). Convolutions
+        run channels-last: a third faster on the CPU, and what tensor cores want.
         """
         chosen = torch.is_autocast_enabled(images.device.type)
         dtype = images.dtype if chosen else next(self.backbone.parameters()).dtype
-        return self.backbone(images.to(dtype=dtype, memory_format=torch.channels_last))
+        images = images.to(dtype=dtype, memory_format=torch.channels_last)
+        return self.backbone(images) if self.training else mean_over_mirrors(self.backbone, images, self.mirrored)
 
     def embed(self, features: Tensor) -> Tensor:
         """Embeddings [B, D] of features [B, F]: float32 at least, since similarities are divided by a temperature."""
@@ -96,6 +109,20 @@ class Classifier(nn.Module):
                 if isinstance(module, _BatchNorm):
                     module.eval()
         return self
+
+
+def mean_over_mirrors(backbone: nn.Module, images: Tensor, mirrored: Sequence[tuple[int, ...]]) -> Tensor:
+    """Mean of the features [B, F] of images [B, 3, px, px] and of their mirror images.
+
+    Args:
+        backbone: Makes the features.
+        images: Any.
+        mirrored: Of each mirror image the dimensions that are turned round: `MIRRORED_DIMS`.
+    """
+    total = backbone(images)
+    for dims in mirrored:
+        total = total + backbone(images.flip(dims))
+    return total / (1 + len(mirrored)) if mirrored else total
 
 
 def build_model(config: ModelConfig, num_classes: int, image_px: int, normalise: bool = True) -> Classifier:

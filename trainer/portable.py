@@ -30,6 +30,7 @@ from cluster.errors import UserError
 from data_pipeline.graph import ImageSettings
 from data_pipeline.preprocessing import Preprocessing
 from trainer.export import LoadedModel, load_model
+from trainer.model import mean_over_mirrors
 from trainer.weights import one_line
 
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
@@ -58,13 +59,14 @@ class PortableModel(nn.Module):
         described = model.description
         settings = ImageSettings(described.image_px, described.resize_ratio, described.mean, described.std)
         self.preprocessing, self.backbone = Preprocessing(settings), model.network.backbone
+        self.mirrored = model.network.mirrored
         self.register_buffer("weight", model.head.weight.float())
         self.register_buffer("bias", model.head.bias.float())
         self.normalise, self.temperature = model.head.normalise, described.temperature
 
     def forward(self, images: Tensor) -> Tensor:
         """See the class."""
-        features = self.backbone(self.preprocessing(images))
+        features = mean_over_mirrors(self.backbone, self.preprocessing(images), self.mirrored)
         if self.normalise:
             features = nn.functional.normalize(features, dim=1)
         return torch.softmax(torch.addmm(self.bias, features, self.weight.T) / self.temperature, dim=1)
