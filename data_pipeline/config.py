@@ -126,7 +126,7 @@ class AugmentConfig(Section):
 
 
 class MixConfig(Section):
-    """Training images made of two, with the labels of both; for losses of the classifier alone."""
+    """Training images made of two, with the labels of both, for the classification loss; others alone are compared."""
 
     mixup_alpha: float = Field(
         0.0, ge=0, description="mixup: the images' shares are drawn from Beta(alpha, alpha); 0 = off"
@@ -136,7 +136,9 @@ class MixConfig(Section):
         ge=0,
         description="CutMix: the area's share is drawn from Beta(alpha, alpha); 0 = off; with both, half each",
     )
-    probability: float = Field(1.0, ge=0, le=1, description="Share of the images that are mixed")
+    probability: float = Field(
+        1.0, ge=0, le=1, description="Share of the images that are mixed; below 1 with a metric loss"
+    )
 
 
 class SamplingConfig(Section):

@@ -21,6 +21,7 @@ from trainer.objective import Objective
 IMAGES, NUM_CLASSES, DIM, FEATURES = 12, 4, 8, 10
 SIZES = {1: [12], 2: [5, 7], 3: [6, 5, 1]}
 COUNTS = torch.tensor([40, 20, 8, 2])
+SHARES = torch.tensor([1, 1, 0.3, 1, 0.6, 1, 1, 0.9, 1, 0.5, 1, 0.2])  # the last of three ranks has no unmixed image
 
 
 def outputs(views=1, dtype=torch.float64):
@@ -52,11 +53,13 @@ def objective_of(config, memory=None):
 
 def one_step(rank, world, case):
     """-> objective, terms, masked labels, this rank's rows of the whole output, gradients of these and of the loss."""
-    changes, views = case
+    changes, views, mixed = case
     output, labels = outputs(views)
     own, own_labels, rows = share(output, labels, rank, world, views)
     objective = objective_of(StageOneConfig(views=views, **changes))
-    result = objective(own, own_labels, 0.5)
+    images = rows[: len(own_labels)]
+    mix = Mix(labels.flip(0)[images], SHARES[images]) if mixed else None
+    result = objective(own, own_labels, 0.5, mix)
     result.loss.backward()
     gradients = [t.grad if t.grad is not None else torch.zeros_like(t) for t in own]
     learnt = [parameter.grad for parameter in objective.parameters()]
@@ -72,11 +75,11 @@ def steps_of_cases(rank, world):
 # Every loss beside cross-entropy, in the middle of lambda's warm-up; every classification loss alone.
 CASES = [
     *(
-        ({"loss": {"name": name, "weight": 0.7, "warmup_epochs": 1.0}}, views)
+        ({"loss": {"name": name, "weight": 0.7, "warmup_epochs": 1.0}}, views, mixed)
         for name in METRIC_LOSS_NAMES
-        for views in (1, 2)
+        for views, mixed in ((1, False), (2, False), (2, True))
     ),
-    *(({"loss": {"name": "none"}, "classification": {"name": name}}, 1) for name in CLASSIFICATION_LOSS_NAMES),
+    *(({"loss": {"name": "none"}, "classification": {"name": name}}, 1, False) for name in CLASSIFICATION_LOSS_NAMES),
 ]
 
 
@@ -86,7 +89,7 @@ def test_ranks_of_unequal_size_are_one_rank_for_every_loss(world):
     for case, one, ranks in zip(CASES, run_gloo(steps_of_cases, 1)[0], ranks_of_cases, strict=True):
         total, terms, masked, _, expected, learnt = one
         if case[0]["loss"]["name"] == "supervised_contrastive":
-            assert masked == ([3] if case[1] == 1 else [])  # the only image of its class
+            assert masked == ([3] if case[1:] == (1, False) else [])  # the only image of its class
         if "metric_loss" in terms:  # half of the warm-up
             assert total == pytest.approx(terms["cross_entropy"] + 0.35 * terms["metric_loss"])
             assert terms["metric_loss"] > 0, case
@@ -148,6 +151,17 @@ def test_mixed_images_share_the_loss_of_both_labels():
     assert result.gathered is None and result.metric_weight == 0
 
 
+def test_images_of_two_classes_are_not_compared():
+    output, labels = outputs(views=2)
+    unmixed = (SHARES == 1).repeat(2)
+    config = StageOneConfig(views=2, loss={"name": "supervised_contrastive"})
+    mixed = objective_of(config)(output, labels, 1.0, Mix(labels.flip(0), SHARES))
+    left = Output(*(t[unmixed] for t in output))
+    alone = objective_of(config)(left, labels[SHARES == 1], 1.0)
+    assert mixed.terms["metric_loss"] == pytest.approx(alone.terms["metric_loss"], rel=1e-9)
+    assert len(mixed.gathered.labels) == unmixed.sum() and mixed.terms["cross_entropy"] != alone.terms["cross_entropy"]
+
+
 @pytest.mark.parametrize("name", METRIC_LOSS_NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_batch_of_one_class_has_a_finite_loss_and_gradient(name, dtype):
@@ -182,7 +196,7 @@ def test_the_memory_gives_further_rows_and_takes_in_the_batch_by_position():
     objective = objective_of(StageOneConfig(views=2), memory)
     first = objective(output, labels, 0.5)
     positions = np.arange(IMAGES)[::-1].copy()
-    objective.remember(first, SimpleNamespace(positions=positions), 0.5)
+    objective.remember(first, SimpleNamespace(positions=positions, mix=None), 0.5)
     second = objective(output, labels, 1.0)
     assert (len(first.pool.labels), len(second.pool.labels), len(second.gathered.labels)) == (24, 48, 24)
     # By position, and of one position view by view.

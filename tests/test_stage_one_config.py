@@ -24,8 +24,19 @@ from tuning.config import Config
         ),
         (
             {"data": {"mix": {"cutmix_alpha": 1}}},
-            "data.mix gives each image two classes and stage_one.loss.name = 'supervised_contrastive' compares images "
-            "of one class; set both alphas of data.mix to 0, or stage_one.loss.name: none",
+            "data.mix.probability = 1 gives every image two classes and stage_one.loss.name = 'supervised_contrastive' "
+            "compares images of one class; set data.mix.probability to 0.5, or stage_one.loss.name: none",
+        ),
+        (
+            {
+                "data": {"mix": {"cutmix_alpha": 1, "probability": 0.5}},
+                "stage_one": {
+                    "loss": {"name": "class_centre_triplet"},
+                    "sampling": {"classes_per_batch": 16, "samples_per_class": 4},
+                },
+            },
+            "data.mix takes images out of the batches of P classes x K samples that stage_one.loss.name = "
+            "'class_centre_triplet' needs; set both alphas of data.mix to 0, or another loss",
         ),
         (
             {"stage_one": {"loss": {"name": "none"}, "memory": {"rows": 64}}},

@@ -30,6 +30,7 @@ TOGETHER = {
 MARGINS = {"classification": {"name": "ldam", "reweight_from": 0.5}, "loss": {"name": "centre", "compare": "feature"}}
 COSINE = {**FROZEN, "cosine_scale": 30.0}
 REMEMBERED = {"loss": {"name": "proxy_anchor"}, "memory": {"rows": 96, "start_epoch": 0.5}, "epochs": 2}
+HALF_MIXED = {"mix": {"mixup_alpha": 0.4, "probability": 0.5}}
 WITHIN = {"epochs": 2, "checkpoint_every_steps": 3}
 POISONED_STEP = 3
 
@@ -85,6 +86,7 @@ def on_two_ranks(rank, world, folder):
         "margins": run("margins", MARGINS, model=COSINE),
         "half": run("half", {"precision": "fp16"}, model=FROZEN),
         "mixed": run("mixed", {"loss": {"name": "none"}}, data={"mix": {"mixup_alpha": 0.4}}, model=FROZEN),
+        "half_mixed": run("half_mixed", {**REMEMBERED, "epochs": 1}, data=HALF_MIXED, model=FROZEN),
     }
 
 
@@ -237,10 +239,11 @@ def three_ranks(folder):
 
 
 def on_three_ranks(rank, world, folder):
-    def run(name, stage_one):
-        return loop(rank, world, config_of(folder, name, stage_one, model=FROZEN), Path(folder))
+    def run(name, stage_one, **sections):
+        return loop(rank, world, config_of(folder, name, stage_one, model=FROZEN, **sections), Path(folder))
 
     return {
+        "half_mixed": run("half_mixed3", {**REMEMBERED, "epochs": 1}, data=HALF_MIXED),
         "three": run("three", REMEMBERED),
         "micro1": run("micro1", {**REMEMBERED, "micro_batch_size": 5, "zero_stage": 1}),
     }
@@ -289,6 +292,15 @@ def test_mixed_images_are_learnt_by_the_classification_loss_alone(two_ranks):
     lines = steps(two_ranks[0]["mixed"])
     assert len(lines) == STEPS_PER_EPOCH
     assert all(line["loss"] == line["cross_entropy"] and "metric_loss" not in line for line in lines.values())
+
+
+def test_beside_mixed_images_the_others_are_compared_and_remembered_alike_on_two_and_three_ranks(
+    two_ranks, three_ranks
+):
+    pairs, threes = losses(two_ranks[0]["half_mixed"]), losses(three_ranks["half_mixed"])
+    assert pairs.keys() == threes.keys() and len(pairs) == STEPS_PER_EPOCH
+    for step, pair in pairs.items():
+        assert threes[step] == pytest.approx(pair, rel=2e-3), step
 
 
 def test_margins_train_a_cosine_classifier_that_later_steps_read(folder, two_ranks):

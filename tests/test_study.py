@@ -259,6 +259,16 @@ def test_a_method_without_a_head_is_left_out_and_named(dataset, tmp_path):
     assert "had diverged: cross-entropy + cRT." in (tmp_path / TABLE_FILE).read_text()
 
 
+def test_a_training_that_has_more_than_others_is_told_apart(dataset, tmp_path):
+    more = {"features.views": 3, "model.mirrors": "both"}
+    config, run = opened(dataset, tmp_path, trainings={"centre": more})
+    run_study(config, dataset, run, finish=planted_cell)
+    text = (tmp_path / TABLE_FILE).read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith("centre loss: ")]
+    assert line.endswith(", heads on 3 views, tested on the mean over 4 mirror images.")
+    assert text.count("mirror images") == 1
+
+
 def test_predictions_about_other_images_are_refused(dataset, tmp_path):
     config, run = opened(dataset, tmp_path, only=["cross_entropy"])
     run_study(config, dataset, run, finish=planted_cell)

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from cluster.config import ClusterConfig, Section, flatten
 from data_pipeline.config import DataConfig, SamplingConfig, SourceConfig
 from trainer.fine_tune_config import FineTuneConfig
-from trainer.loss_config import ClassificationConfig, LossConfig, check_losses
+from trainer.loss_config import SAMPLES_PER_CLASS_LOSSES, ClassificationConfig, LossConfig, check_losses
 from trainer.tracking import TrackingConfig
 
 HUB = "hf-hub:"
@@ -260,12 +260,19 @@ class TrainerConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _mixed_images_have_one_loss(self) -> TrainerConfig:
+    def _some_images_can_be_compared(self) -> TrainerConfig:
         mix, loss = self.data.mix, self.stage_one.loss
-        if (mix.mixup_alpha or mix.cutmix_alpha) and loss.name != "none":
+        if not (mix.mixup_alpha or mix.cutmix_alpha) or loss.name == "none":
+            return self
+        if loss.name in SAMPLES_PER_CLASS_LOSSES:
             raise ValueError(
-                f"data.mix gives each image two classes and stage_one.loss.name = {loss.name!r} compares images of one "
-                f"class; set both alphas of data.mix to 0, or stage_one.loss.name: none"
+                f"data.mix takes images out of the batches of P classes x K samples that stage_one.loss.name = "
+                f"{loss.name!r} needs; set both alphas of data.mix to 0, or another loss"
+            )
+        if mix.probability == 1:
+            raise ValueError(
+                f"data.mix.probability = 1 gives every image two classes and stage_one.loss.name = {loss.name!r} "
+                f"compares images of one class; set data.mix.probability to 0.5, or stage_one.loss.name: none"
             )
         return self
 

@@ -19,7 +19,6 @@ from trainer.config import ModelConfig
 from trainer.heads import Head
 from trainer.weights import load_backbone, one_line
 
-
 MIRRORED_DIMS: dict[str, tuple[tuple[int, ...], ...]] = {
     "none": (),
     "horizontal": ((3,),),
@@ -74,8 +73,8 @@ class Classifier(nn.Module):
         """Pooled backbone output [B, F] of images [B, 3, px, px], in the weights' dtype unless autocast chooses.
 
         Outside training it is the mean over an image and its mirror images, where the configuration asks for them (as
-        the ten crops of Krizhevsky et al. 2012, section 4.1, but of features, so that one head serves all). Convolutions
-        run channels-last: a third faster on the CPU, and what tensor cores want.
+        the ten crops of Krizhevsky et al. 2012, section 4.1, but of features, so that one head serves all).
+        Convolutions run channels-last: a third faster on the CPU, and what tensor cores want.
         """
         chosen = torch.is_autocast_enabled(images.device.type)
         dtype = images.dtype if chosen else next(self.backbone.parameters()).dtype

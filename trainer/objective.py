@@ -86,7 +86,8 @@ class Objective:
             output: Of the V * B images of this rank, view-major.
             labels: [B], of the same.
             epochs_done: When this step is, in (0, epochs].
-            mix: The partners' labels and each image's own share, where images are mixed.
+            mix: The partners' labels and each image's own share, where images are mixed; the classification loss learns
+                from all, the metric loss compares those that are not mixed.
             signals: Of this rank, to be added up over all ranks in the message that the sums need anyway.
         """
         share = epochs_done / self._config.epochs
@@ -95,11 +96,14 @@ class Objective:
         weights = [1.0]
         gathered = pool = None
         if self._metric_loss is not None:
-            rows = metric_rows(self._config.loss, output.features, output.embeddings)
-            gathered = pool = gather_pool(rows, labels)
+            rows, compared = metric_rows(self._config.loss, output.features, output.embeddings), labels
+            if mix is not None:  # an image of two classes is no example of either
+                unmixed = (mix.share == 1).repeat(self._config.views)
+                rows, compared = rows[unmixed], labels[unmixed]
+            gathered = pool = gather_pool(rows, compared)
             if self._memory is not None:
                 pool = self._memory.extend(gathered)
-            terms["metric_loss"] = self._metric_loss(rows, labels, pool, share)
+            terms["metric_loss"] = self._metric_loss(rows, compared, pool, share)
             weights.append(self._config.loss.weight_at(epochs_done))
         own, sums, signalled = _add_up(list(terms.values()), signals)
         parts = [
@@ -135,7 +139,8 @@ class Objective:
             return
         assert batch.positions is not None
         views = self._config.views
-        own = np.concatenate([batch.positions * views + view for view in range(views)])
+        positions = batch.positions if batch.mix is None else batch.positions[(batch.mix.share == 1).cpu().numpy()]
+        own = np.concatenate([positions * views + view for view in range(views)])
         # The memory's order must not depend on how the batch was cut into ranks.
         order = gather_order(torch.from_numpy(own).to(evaluation.gathered.labels.device))
         self._memory.add(evaluation.gathered, epochs_done, order)

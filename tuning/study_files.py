@@ -18,6 +18,7 @@ from rich.table import Table
 
 from cluster.run import RunFolder
 from trainer.metrics import class_tiers
+from trainer.model import MIRRORED_DIMS
 from tuning.config import Config
 from tuning.study_cells import training_config
 from tuning.study_layout import PICTURE_FILE, RESULTS_FILE, SEEDS_FILE, TABLE_FILE
@@ -103,6 +104,10 @@ def _budgets(config: Config, dataset: Dataset) -> list[str]:
             f"{of.model.backbone} at {of.data.image_px} px, {stage.epochs} epochs of {len(dataset.index('train'))} "
             f"images in {stage.views} view{'s' * (stage.views > 1)}, batch {stage.batch_size}"
         )
+        if of.features.views > 1:
+            given += f", heads on {of.features.views} views"
+        if of.model.mirrors != "none":
+            given += f", tested on the mean over {1 + len(MIRRORED_DIMS[of.model.mirrors])} mirror images"
         if name in config.study.search:
             given += f", settings found in {config.search.trials} trials"
         alike[given].append(training_name(name))
